@@ -1,0 +1,1464 @@
+#!/usr/bin/env python
+"""DreamBooth training of LoRA adapters on Stable Diffusion 3 and 3.5, with the rectified-flow loss of the SD3 paper.
+
+One GPU, then all the GPUs that `accelerate config` was told of:
+
+    accelerate launch train_dreambooth_lora_sd3.py --mixed_precision bf16 \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers \
+        --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir dog-lora
+    accelerate launch --multi_gpu train_dreambooth_lora_sd3.py ...
+
+A run writes into output_dir: pytorch_lora_weights.safetensors, the model card README.md with its images, checkpoint-N/
+(resume with --resume_from_checkpoint latest), validation/ and the trackers' logs/.
+
+Shapes in the comments: B images of a batch (instance images first, then class images), C latent channels, h and w the
+latent's height and width (pixels / 8), S text tokens, D joint width, P pooled width. sigma is the noise level in
+[0, 1], a step is one update of the optimizer.
+
+The twin, train_dreambooth_sd3.py, trains the whole transformer; `diff` of the two files shows what LoRA is.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+TRAINED_ENCODERS = ("text_encoder", "text_encoder_2")  # by --train_text_encoder; T5 stays frozen
+LORA_LAYERS = [f"attn.{n}" for n in "add_k_proj add_q_proj add_v_proj to_add_out to_k to_out.0 to_q to_v".split()]
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+OPTIMIZERS = {"adamw": "AdamW", "prodigy": "prodigy"}
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+PRIOR_PRECISIONS = ("no", "fp32", "fp16", "bf16")
+WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap")
+
+
+def refuse(message):
+    """Ends the run with one line on stderr, written by the first process alone, and exit code 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def boolean(text):
+    """Value of a true/false flag. Errors: argparse.ArgumentTypeError for any other word."""
+    if text.lower() not in {"true", "false", "1", "0", "yes", "no"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in {"true", "1", "yes"}
+
+
+def optimizer_name(text):
+    """An optimizer's name in its one spelling, whatever the case of its letters."""
+    if text.lower() not in OPTIMIZERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no optimizer here; choose AdamW or prodigy")
+    return OPTIMIZERS[text.lower()]
+
+
+def add_input_flags(parser):
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="Hub id or folder of an SD3.")
+    add("--revision", help="Hub revision of every part that is loaded.")
+    add("--variant", help="Variant of the base model's weight files, such as fp16.")
+    add("--cache_dir", help="Where downloaded models and datasets are kept.")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="Hub id or folder of an image dataset, read by the datasets library.")
+    add("--dataset_config_name", help="Configuration of that dataset.")
+    add("--instance_data_dir", metavar="FOLDER", help="Folder with the subject's images, in place of --dataset_name.")
+    add("--image_column", default="image", help="Dataset column with the images.")
+    add("--caption_column", help="Dataset column with a caption an image; empty ones fall back to --instance_prompt.")
+    add("--repeats", type=int, default=1, help="How often each instance image occurs in an epoch.")
+    add("--instance_prompt", required=True, metavar="PROMPT", help="Such as 'a photo of sks dog'.")
+    add("--max_sequence_length", type=int, default=77, help="T5 tokens of a prompt, 1 to 512; CLIP has its own 77.")
+    add("--resolution", type=int, default=512, help="Side of the square crop in pixels, a multiple of 16.")
+    add("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
+    add("--random_flip", action="store_true", help="Mirror half of the images.")
+    add("--dataloader_num_workers", type=int, default=0, help="Loader processes; 0 loads in the training process.")
+
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", action="store_true", help="Train on class images too, against drift.")
+    add("--class_data_dir", metavar="FOLDER", help="Folder of class images; missing ones are drawn into it.")
+    add("--class_prompt", metavar="PROMPT", help="Prompt of the class images, such as 'a photo of a dog'.")
+    add("--num_class_images", type=int, default=100, help="How many class images there have to be.")
+    add("--prior_loss_weight", type=float, default=1.0, help="Weight of the class images' loss.")
+    add("--sample_batch_size", type=int, default=4, help="Batch a process when class images are generated.")
+    add("--prior_generation_precision", choices=PRIOR_PRECISIONS, help="Unset: fp16 on an accelerator, fp32 on a CPU.")
+
+
+def add_method_flags(parser):
+    add = parser.add_argument_group("lora").add_argument
+    add("--rank", type=int, default=4, help="Rank of the adapters.")
+    add("--lora_dropout", type=float, default=0.0, help="Dropout on the adapters' input.")
+    add("--lora_layers", metavar="NAMES", help="Comma-separated layers that get adapters; unset: all joint attention.")
+    add("--lora_blocks", metavar="NUMBERS", help="Comma-separated blocks that get adapters; unset: all.")
+    add("--upcast_before_saving", action="store_true", help="Save the final adapters in float32.")
+
+
+def add_training_flags(parser):
+    add = parser.add_argument_group("training").add_argument
+    add("--train_text_encoder", action="store_true", help=f"Train {', '.join(TRAINED_ENCODERS)} too.")
+    add("--train_batch_size", type=int, default=4, help="Instance images of a batch, on each process.")
+    add("--num_train_epochs", type=int, default=1, help="Epochs; --max_train_steps wins.")
+    add("--max_train_steps", type=int, help="Updates of the optimizer in all.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Batches an update.")
+    add("--gradient_checkpointing", action="store_true", help="Recompute activations in the backward pass.")
+    add("--max_grad_norm", type=float, default=1.0, help="Clip the gradient to this norm over all; inf does not.")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Unset: as accelerate was configured.")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later.")
+    add("--seed", type=int, help="Seed of all draws; unset: one is drawn, and kept in the checkpoints.")
+    add("--local_rank", type=int, default=-1, help="For old launchers; LOCAL_RANK in the environment wins.")
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1.")
+    add("--logit_mean", type=float, default=0.0, help="Mean of the logit-normal density.")
+    add("--logit_std", type=float, default=1.0, help="Standard deviation of the logit-normal density.")
+    add("--mode_scale", type=float, default=1.29, help="Scale of the mode density.")
+    add("--precondition_outputs", type=int, default=1, help="1 compares clean latents, 0 velocities.")
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--optimizer", type=optimizer_name, default="AdamW", help="AdamW or prodigy, in any case of letters.")
+    add("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
+    add("--text_encoder_lr", type=float, default=5e-6, help="Text encoders' rate; prodigy takes --learning_rate.")
+    add("--scale_lr", action="store_true", help="Multiply --learning_rate by processes, accumulation and batch.")
+    add("--lr_scheduler", metavar="NAME", default="constant", help=f"One of {', '.join(LR_SCHEDULERS)}.")
+    add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up.")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes.")
+    add("--adam_beta1", type=float, default=0.9, help="First beta, also Prodigy's.")
+    add("--adam_beta2", type=float, default=0.999, help="Second beta, also Prodigy's.")
+    add("--adam_weight_decay", type=float, default=1e-4, help="Weight decay of the transformer.")
+    add("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="Weight decay of the text encoders.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Epsilon, also Prodigy's.")
+    on_by_default = {"type": boolean, "nargs": "?", "const": True, "default": True}
+    add("--prodigy_beta3", type=float, help="Unset: the square root of the second beta.")
+    add("--prodigy_decouple", **on_by_default, help="Decoupled weight decay.")
+    add("--prodigy_use_bias_correction", **on_by_default, help="Adam's bias correction.")
+    add("--prodigy_safeguard_warmup", **on_by_default, help="Keep the rate out of D's denominator in warm-up.")
+
+
+def add_output_flags(parser):
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompt", metavar="PROMPT", help="Prompt of the images drawn along the way and at the end.")
+    add("--num_validation_images", type=int, default=4, help="How many images each time.")
+    add("--validation_epochs", type=int, default=50, help="Draw after epoch 0 and every so many epochs.")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="sd3-dreambooth", metavar="FOLDER", help="Where everything is written.")
+    add("--logging_dir", default="logs", help="The trackers' folder inside output_dir.")
+    add("--report_to", metavar="TRACKERS", default="tensorboard", help=f"Some of {','.join(TRACKERS)}; or all, none.")
+    add("--checkpointing_steps", type=int, default=500, help="Updates from one checkpoint to the next.")
+    add("--checkpoints_total_limit", type=int, help="Keep the newest so many checkpoints; unset: all.")
+    add("--resume_from_checkpoint", metavar="PATH", help="A checkpoint's path or name, or latest.")
+    add("--cache_latents", action="store_true", help="Encode every image once, before training, in one crop.")
+    add("--push_to_hub", action="store_true", help="Upload the result when training ends.")
+    add("--hub_token", help="Token for the upload; it is written nowhere.")
+    add("--hub_model_id", help="Repository of the upload; unset: the name of output_dir.")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ...",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = refuse  # one line, where argparse would print its usage first
+    add_input_flags(parser)
+    add_method_flags(parser)
+    add_training_flags(parser)
+    add_output_flags(parser)
+    return parser
+
+
+def check_numbers(args):
+    """Refuses numbers outside their range."""
+    positive = """repeats num_class_images sample_batch_size rank train_batch_size num_train_epochs max_train_steps
+        gradient_accumulation_steps max_grad_norm lr_num_cycles adam_epsilon num_validation_images validation_epochs
+        checkpointing_steps checkpoints_total_limit logit_std"""
+    not_negative = """dataloader_num_workers prior_loss_weight learning_rate text_encoder_lr lr_warmup_steps lr_power
+        adam_weight_decay adam_weight_decay_text_encoder"""
+    for names, low, words in ((positive, 0, "greater than 0"), (not_negative, -1e-30, "0 or greater")):
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not value > low:
+                refuse(f"--{name} {value} is out of range: give a number {words}")
+    if args.resolution < 16 or args.resolution % 16:
+        near = max(16, round(args.resolution / 16) * 16)
+        refuse(f"--resolution {args.resolution} is not a multiple of 16 (VAE 8, patch 2): {near} is the nearest")
+    if not 1 <= args.max_sequence_length <= 512:
+        refuse(f"--max_sequence_length {args.max_sequence_length} is out of range: give 1 to 512")
+    if args.precondition_outputs not in (0, 1):
+        refuse(f"--precondition_outputs {args.precondition_outputs} is out of range: give 0 or 1")
+    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout"):
+        value = getattr(args, name, None)
+        if value is not None and not 0 <= value < 1:
+            refuse(f"--{name} {value} is out of range: give 0 or greater, below 1")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        refuse(f"--seed {args.seed} is out of range: give 0 to {2**32 - 1}")
+
+
+def check_data_flags(args):
+    """Refuses data flags that contradict each other and folders that are not there."""
+    if bool(args.dataset_name) == bool(args.instance_data_dir):
+        given = f"{args.dataset_name!r} and {args.instance_data_dir!r}" if args.dataset_name else "neither of them"
+        refuse(f"--dataset_name, --instance_data_dir: {given} given, give exactly one")
+    if args.instance_data_dir and not Path(args.instance_data_dir).is_dir():
+        refuse(f"--instance_data_dir {args.instance_data_dir!r} is not a folder: give the folder with the images")
+    for name in ("class_data_dir", "class_prompt"):
+        if args.with_prior_preservation and not getattr(args, name):
+            refuse(f"--with_prior_preservation needs --{name}")
+    for name in ("output_dir", "class_data_dir"):
+        path = Path(getattr(args, name) or "")
+        if path.exists() and not path.is_dir():
+            refuse(f"--{name} {str(path)!r} is a file: give a folder")
+    if args.dataset_name and importlib.util.find_spec("datasets") is None:
+        refuse("--dataset_name needs the datasets package: pip install datasets")
+
+
+def check_training_flags(args):
+    """Refuses unknown choices, packages that are absent and a token that would end in a tracker."""
+    if args.lr_scheduler not in LR_SCHEDULERS:
+        refuse(f"--lr_scheduler {args.lr_scheduler!r} is unknown: choose from {', '.join(LR_SCHEDULERS)}")
+    if args.optimizer == "prodigy" and importlib.util.find_spec("prodigyopt") is None:
+        refuse("--optimizer prodigy needs the prodigyopt package: pip install prodigyopt")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        refuse("--use_8bit_adam needs the bitsandbytes package: pip install bitsandbytes")
+    trackers = [] if args.report_to == "none" else args.report_to.split(",")
+    for name in trackers:
+        if name not in (*TRACKERS, "all"):
+            refuse(f"--report_to {name!r} is unknown: choose from {', '.join(TRACKERS)}, all, none")
+        if name != "all" and importlib.util.find_spec(name) is None:
+            refuse(f"--report_to {name} needs the {name} package: pip install {name}")
+    if args.hub_token and {"wandb", "all"} & set(trackers):
+        refuse("--hub_token would be readable in wandb: leave it out and run `hf auth login` instead")
+
+
+def parse_args(argv=None):
+    """Flags of a run. Errors: SystemExit with code 2 and one line for flags that are wrong or contradictory."""
+    args = build_parser().parse_args(argv)
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    check_numbers(args)
+    check_data_flags(args)
+    check_training_flags(args)
+    return args
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds: --help and a wrong flag answer at once
+    ARGS = parse_args()
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast_object_list, gather_object
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import (
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    free_memory,
+)
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+log = get_logger(__name__)
+PROJECT = "dreambooth-sd3-lora"  # the trackers' name for it
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"}
+
+
+def derive_seed(*parts):
+    """One seed from the run's seed and what a draw belongs to, so that no draw depends on those made before it."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
+
+
+def list_images(folder):
+    """Image files of a folder in sorted order, and the names of everything else in it."""
+    images, others = [], []
+    for path in sorted(Path(folder).iterdir()):
+        image = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        (images if image else others).append(path)
+    return images, [path.name for path in others]
+
+
+def to_rgb(image):
+    """Any PIL image as an upright RGB one: EXIF rotation applied, 16 bits scaled to 8, transparent parts on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def open_image(source):
+    """RGB image of a path or of a dataset's image. Errors: ValueError that names what cannot be read."""
+    try:
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
+        with Image.open(source) as image:
+            return to_rgb(image)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image {str(source)!r} cannot be read ({error}): repair it or take it away") from error
+
+
+def crop_image(image, size, generator, center, flip):
+    """A square of `size` pixels from an RGB image, in [-1, 1].
+
+    The short side is scaled to `size`, bilinear with antialiasing; the place of the crop and the mirroring are drawn
+    from `generator`. Only the pixels of the crop are computed, so a panorama costs no more than a square.
+    Returns a float32 tensor (3, size, size).
+    """
+    width, height = (max(size, int(size * side / min(image.size))) for side in image.size)
+    down, right, mirror = torch.rand(3, generator=generator).tolist()
+    top = round((height - size) / 2) if center else int(down * (height - size + 1))
+    left = round((width - size) / 2) if center else int(right * (width - size + 1))
+    across, along = image.width / width, image.height / height
+    box = (left * across, top * along, (left + size) * across, (top + size) * along)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    if flip and mirror < 0.5:
+        image = ImageOps.mirror(image)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+class DreamBoothDataset:
+    """Instance images with their prompts, each together with a class image where there are any.
+
+    An item's place is (epoch, index, weight): all that is drawn for it comes from the run's seed, epoch and index.
+    `moments`, once filled by `cache_moments`, stands in for the pixels.
+    """
+
+    def __init__(self, args, images, prompts, class_images):
+        self.args, self.moments = args, None
+        self.images = {"instance": images, "class": class_images}
+        self.prompts = {"instance": prompts, "class": [args.class_prompt] * len(class_images)}
+        self.kinds = ["instance", "class"] if class_images else ["instance"]
+
+    def __len__(self):
+        return max(len(self.images["instance"]) * self.args.repeats, len(self.images["class"]))
+
+    def __getitem__(self, place):
+        """The examples of an item: instance, then class."""
+        epoch, index, weight = place
+        examples = []
+        for kind in self.kinds:
+            number = index % len(self.images[kind])
+            seed = derive_seed(self.args.seed, kind, epoch, index)
+            data = self.pixels(kind, number, seed) if self.moments is None else self.moments[kind, number]
+            examples.append({"data": data, "prompt": self.prompts[kind][number], "seed": seed, "weight": weight})
+        return examples
+
+    def pixels(self, kind, number, seed):
+        """Pixels (3, resolution, resolution) in [-1, 1] of one image, in the crop that `seed` draws."""
+        generator = torch.Generator().manual_seed(derive_seed(seed, "crop"))
+        image = open_image(self.images[kind][number])
+        return crop_image(image, self.args.resolution, generator, self.args.center_crop, self.args.random_flip)
+
+
+class EpochSampler:
+    """Batches of places (epoch, index, weight): every index once an epoch, in an order drawn from seed and epoch.
+
+    Batches come in groups of one a process. Where the images of the last group do not divide, places of weight 0 fill
+    it and the others weigh more, so that the mean over the processes is the mean over the images.
+    Set `epoch`, and `start` to the batches a process has done of it, before each pass.
+    """
+
+    batch_size = None  # tells accelerate that batches differ in length
+
+    def __init__(self, length, batch_size, processes, seed):
+        self.length, self.batch, self.processes, self.seed = length, batch_size, processes, seed
+        self.epoch = self.start = 0
+
+    def __len__(self):
+        return math.ceil(self.length / (self.batch * self.processes)) * self.processes
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        group = self.batch * self.processes
+        for first in range(self.start * group, self.length, group):
+            indices = order[first : first + group]
+            each = math.ceil(len(indices) / self.processes)
+            weights = [each * self.processes / len(indices)] * len(indices)
+            spare = each * self.processes - len(indices)
+            places = [
+                (self.epoch, index, weight)
+                for index, weight in zip(indices + order[:1] * spare, weights + [0.0] * spare, strict=True)
+            ]
+            yield from (places[rank * each : (rank + 1) * each] for rank in range(self.processes))
+
+
+def collate(items):
+    """A batch of B examples, instance images first, then class images."""
+    examples = [example for kind in zip(*items, strict=True) for example in kind]
+    return {
+        "data": torch.stack([example["data"] for example in examples]),  # (B, 3, H, W), or moments (B, 2C, h, w)
+        "weights": torch.tensor([example["weight"] for example in examples]),
+        "prompts": [example["prompt"] for example in examples],
+        "seeds": [example["seed"] for example in examples],
+    }
+
+
+def read_folder(flag, folder):
+    """Paths of a folder's images, every one of which has been read once; what else lies there is named."""
+    images, others = list_images(folder)
+    if not images:
+        refuse(f"{flag} {str(folder)!r} holds no image: give a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files")
+    if others:
+        log.warning(f"{flag} {folder}: passed over {', '.join(others[:10])}{' ...' if len(others) > 10 else ''}")
+    with ThreadPoolExecutor() as pool:
+        try:
+            for _ in pool.map(open_image, images):
+                pass
+        except ValueError as error:
+            refuse(f"{flag}: {error}")
+    return images
+
+
+def read_hub_dataset(args):
+    """Images and captions of --dataset_name: a sequence that decodes when it is indexed, and strings or None."""
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
+    except (OSError, ValueError) as error:
+        refuse(f"--dataset_name {args.dataset_name!r} cannot be read: {error}")
+    for flag in ("image_column", "caption_column"):
+        column = getattr(args, flag)
+        if column and column not in rows.column_names:
+            refuse(f"--{flag} {column!r} is not in the dataset: its columns are {', '.join(rows.column_names)}")
+    captions = rows[args.caption_column][:] if args.caption_column else [None] * len(rows)
+    return rows[args.image_column], captions
+
+
+def read_dataset(args, parts, accelerator):
+    """The run's dataset, its class images drawn where they lack; --instance_prompt is for images without a caption."""
+    if args.dataset_name:
+        images, captions = read_hub_dataset(args)
+    else:
+        images = read_folder("--instance_data_dir", args.instance_data_dir)
+        captions = [None] * len(images)
+        if args.caption_column:
+            log.warning("--caption_column has no effect with --instance_data_dir: its images have no columns")
+    prompts = [(caption or "").strip() or args.instance_prompt for caption in captions]
+    log.info(f"{len(images)} instance images, {sum(map(bool, captions))} of them with a caption of their own")
+    class_images = []
+    if args.with_prior_preservation:
+        generate_class_images(args, parts, accelerator)
+        class_images = read_folder("--class_data_dir", args.class_data_dir)[: args.num_class_images]
+    return DreamBoothDataset(args, images, prompts, class_images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # CLIP-L, OpenCLIP bigG, T5: the pipeline's order
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+def read_pipeline(args):
+    """Parts of the base pipeline, {name: (library, class)}, from its model_index.json."""
+    model = args.pretrained_model_name_or_path
+    try:
+        index = StableDiffusion3Pipeline.load_config(model, cache_dir=args.cache_dir, revision=args.revision)
+    except (OSError, ValueError) as error:
+        refuse(
+            f"--pretrained_model_name_or_path {model!r} has no model_index.json that can be read: give a folder in"
+            f" diffusers layout, or a Hub id; for a gated one accept its licence at https://huggingface.co/{model} and"
+            f" run `hf auth login` ({error})"
+        )
+    parts = {name: tuple(entry) for name, entry in index.items() if isinstance(entry, list) and entry[0]}
+    needed = {"transformer", "vae", "scheduler", *TEXT_ENCODERS[:2], "tokenizer", "tokenizer_2"}
+    absent = [n for n in {*needed, *parts} if n not in parts or Path(model).is_dir() and not Path(model, n).is_dir()]
+    if absent:
+        refuse(f"--pretrained_model_name_or_path {model!r} is no whole SD3 pipeline: no {', '.join(sorted(absent))}")
+    return parts
+
+
+def load_part(args, parts, name, **kwargs):
+    """One part of the base pipeline, by its name there. A `dtype` is that of the weights from disk on."""
+    library, class_name = parts[name]
+    part_class = getattr(importlib.import_module(library), class_name)
+    if hasattr(part_class, "parameters"):
+        kwargs["variant"] = args.variant
+    return part_class.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder=name, revision=args.revision, cache_dir=args.cache_dir, **kwargs
+    )
+
+
+def load_frozen(args, parts, name, device, dtype):
+    """A part that is not trained, ready to be called."""
+    return load_part(args, parts, name, dtype=dtype).requires_grad_(False).eval().to(device)
+
+
+def frozen_dtype(accelerator):
+    """Precision of what is not trained."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def read_transformer_config(args):
+    return SD3Transformer2DModel.load_config(
+        args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision, cache_dir=args.cache_dir
+    )
+
+
+def name_linear_layers(args):
+    """Names of the transformer's linear layers, and its number of blocks, from its config alone."""
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(read_transformer_config(args))
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    return linear, len(transformer.transformer_blocks)
+
+
+def choose_targets(args, parts):
+    """Layers that get an adapter, by model. Names and blocks that the transformer lacks are refused."""
+    linear, count = name_linear_layers(args)
+    layers = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else LORA_LAYERS
+    blocks = [number.strip() for number in args.lora_blocks.split(",")] if args.lora_blocks else range(count)
+    for layer in layers:
+        if not any(name.endswith(f".{layer}") for name in linear):
+            known = sorted({name.split(".", 2)[2] for name in linear if name.startswith("transformer_blocks.")})
+            refuse(f"--lora_layers: no layer is named {layer!r}; the blocks have {', '.join(known)}")
+    for number in blocks:
+        if str(number) not in map(str, range(count)):
+            refuse(f"--lora_blocks: {number!r} is no block; the transformer has blocks 0 to {count - 1}")
+    inside = tuple(f"transformer_blocks.{number}." for number in blocks) if args.lora_blocks else ""
+    targets = [name for name in linear if name.endswith(tuple(f".{layer}" for layer in layers))]
+    targets = {"transformer": [name for name in targets if name.startswith(inside)]}
+    if args.train_text_encoder:
+        targets |= dict.fromkeys(TRAINED_ENCODERS, ["q_proj", "k_proj", "v_proj", "out_proj"])
+    return targets
+
+
+def load_trained(args, parts, accelerator, targets):
+    """The models of `targets` with adapters on their layers: the base in the frozen dtype, the adapters in float32."""
+    from peft import LoraConfig
+
+    torch.manual_seed(args.seed)
+    trained = {}
+    for name, layers in targets.items():
+        model = load_frozen(args, parts, name, accelerator.device, frozen_dtype(accelerator))
+        config = LoraConfig(
+            r=args.rank,
+            lora_alpha=args.rank,
+            lora_dropout=args.lora_dropout,
+            init_lora_weights="gaussian",
+            target_modules=layers,
+        )
+        model.add_adapter(config)
+        cast_training_params(model, torch.float32)
+        if args.gradient_checkpointing:
+            model.enable_gradient_checkpointing() if name == "transformer" else model.activation_checkpointing_enable()
+        trained[name] = model.train()
+    return trained
+
+
+def trained_parameters(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tokenize(name, tokenizer, clip_tokens, prompts, max_sequence_length):
+    """Token ids (B, tokens) of an encoder's prompts, and the part of each that did not fit in."""
+    length = max_sequence_length if name == "text_encoder_3" else clip_tokens
+    ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    whole = tokenizer(prompts, verbose=False).input_ids
+    return ids, [tokenizer.decode(prompt[length - 1 : -1]) if len(prompt) > length else "" for prompt in whole]
+
+
+def encode_text(name, encoder, ids):
+    """One encoder's part of the text: states (B, tokens, width) and, of a CLIP, the pooled output (B, width)."""
+    if name == "text_encoder_3":
+        return encoder(ids)[0], None
+    output = encoder(ids, output_hidden_states=True)
+    return output.hidden_states[-2], output.text_embeds
+
+
+def join_embeds(parts, joint_width):
+    """Text as the transformer takes it, from what `encode_text` gave for the encoders in the pipeline's order.
+
+    The CLIPs' states side by side, zero-padded to the joint width D, then T5's states along the token axis; the pooled
+    outputs side by side. As in StableDiffusion3Pipeline.encode_prompt. Returns (B, S, D) and (B, P).
+    """
+    (clip_l, pooled_l), (clip_g, pooled_g), (t5, _) = parts
+    clips = torch.cat([clip_l, clip_g], dim=-1)
+    clips = torch.nn.functional.pad(clips, (0, joint_width - clips.shape[-1]))
+    return torch.cat([clips, t5.to(clips.dtype)], dim=-2), torch.cat([pooled_l, pooled_g], dim=-1)
+
+
+def encode_prompts(prompts, tokenizers, encoders, max_sequence_length, joint_width):
+    """Embeds (B, S, D) and pooled embeds (B, P) of prompts by all the encoders; zeros for a T5 that is None."""
+    parts = []
+    for name, tokenizer, encoder in zip(TEXT_ENCODERS, tokenizers, encoders, strict=True):
+        if encoder is None:
+            parts.append((parts[0][0].new_zeros(len(prompts), max_sequence_length, joint_width), None))
+            continue
+        ids, _ = tokenize(name, tokenizer, tokenizers[0].model_max_length, prompts, max_sequence_length)
+        parts.append(encode_text(name, encoder, ids.to(next(encoder.parameters()).device)))
+    return join_embeds(parts, joint_width)
+
+
+class PromptTable:
+    """Look-up from prompts to their embeds: frozen encoders have spoken once and are gone, trained ones are called.
+
+    `lost` has the prompts that were cut, and which words of them.
+    """
+
+    def __init__(self, args, parts, accelerator, dtype, targets=()):
+        self.args, self.accelerator, self.dtype, self.trained = args, accelerator, dtype, {}
+        self.width = read_transformer_config(args)["joint_attention_dim"]
+        self.tokenizers = [load_part(args, parts, name) if name in parts else None for name in TOKENIZERS]
+        self.frozen = {name: {} for name in TEXT_ENCODERS if name not in targets}
+        self.lost = {}
+
+    def fill(self, parts, prompts):
+        """Encodes each prompt once with each frozen encoder, the processes sharing the work, one encoder at a time."""
+        accelerator, prompts = self.accelerator, sorted(set(prompts))
+        self.report_lost(prompts)
+        for name, table in self.frozen.items():
+            if name not in parts:
+                continue
+            encoder = load_frozen(self.args, parts, name, accelerator.device, self.dtype)
+            mine = prompts[accelerator.process_index :: accelerator.num_processes]
+            with torch.no_grad():
+                for prompt in tqdm(mine, desc=f"Encoding with {name}", disable=not accelerator.is_main_process):
+                    states = encode_text(name, encoder, self.ids(name, [prompt]))
+                    table[prompt] = tuple(None if state is None else state.cpu() for state in states)
+            del encoder
+            free_memory()
+            if accelerator.num_processes > 1:
+                table.update(gather_object(list(table.items())))
+
+    def report_lost(self, prompts):
+        """Names every prompt that CLIP or T5 reads only in part, once, with the words that are lost."""
+        for name, reader in (("text_encoder", "CLIP"), ("text_encoder_3", "T5")):
+            if self.tokenizers[TEXT_ENCODERS.index(name)] is None:
+                continue
+            for prompt, words in zip(prompts, self.tokenize(name, prompts)[1], strict=True):
+                if words:
+                    self.lost.setdefault(prompt, []).append(f"{reader} loses {words!r}")
+        for prompt, words in self.lost.items():
+            log.warning(f"the prompt {prompt[:60]!r} is too long: {', '.join(words)}")
+
+    def tokenize(self, name, prompts):
+        clip_tokens = self.tokenizers[0].model_max_length
+        tokenizer = self.tokenizers[TEXT_ENCODERS.index(name)]
+        return tokenize(name, tokenizer, clip_tokens, prompts, self.args.max_sequence_length)
+
+    def ids(self, name, prompts):
+        return self.tokenize(name, prompts)[0].to(self.accelerator.device)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019  the table lives as long as the run; saves copies to the device
+    def look_up(self, name, prompt):
+        """A frozen encoder's (1, tokens, width) and (1, width) of one prompt, on the device."""
+        if name == "text_encoder_3" and prompt not in self.frozen[name]:
+            shape = (1, self.args.max_sequence_length, self.width)
+            return torch.zeros(shape, dtype=self.dtype, device=self.accelerator.device), None
+        return tuple(None if s is None else s.to(self.accelerator.device) for s in self.frozen[name][prompt])
+
+    def __call__(self, prompts):
+        """Embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts."""
+        parts = []
+        for name in TEXT_ENCODERS:
+            if name in self.trained:
+                parts.append(encode_text(name, self.trained[name], self.ids(name, prompts)))
+            else:
+                states = zip(*(self.look_up(name, prompt) for prompt in prompts), strict=True)
+                parts.append(tuple(None if state[0] is None else torch.cat(state) for state in states))
+        return join_embeds(parts, self.width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow matching
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def encode_moments(vae, pixels):
+    """The VAE's posterior of pixels (B, 3, H, W): mean and deviation stacked along the channels, (B, 2C, h, w)."""
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    return torch.cat([posterior.mean, posterior.std], dim=1)
+
+
+def cache_moments(dataset, vae, accelerator):
+    """Encodes every image of the dataset once, in one crop each, the processes sharing the work."""
+    keys = [(kind, number) for kind in dataset.kinds for number in range(len(dataset.images[kind]))]
+    mine, moments = keys[accelerator.process_index :: accelerator.num_processes], {}
+    for kind, number in tqdm(mine, desc="Caching latents", disable=not accelerator.is_main_process):
+        pixels = dataset.pixels(kind, number, derive_seed(dataset.args.seed, "cache", kind, number))
+        moments[kind, number] = encode_moments(vae, pixels[None].to(accelerator.device))[0].cpu()
+    if accelerator.num_processes > 1:
+        moments = dict(gather_object(list(moments.items())))
+    dataset.moments = moments
+
+
+def draw_latents(args, vae_config, moments, seeds):
+    """Latents and noise (B, C, h, w) and densities u (B,) of a batch, each image's from its own seed.
+
+    A latent is a sample of the posterior, shifted and scaled by the VAE's config (SD3 shifts as well as scales).
+    """
+    mean, deviation = moments.float().chunk(2, dim=1)
+    sample, noise, u = [], [], []
+    for seed in seeds:
+        generator = torch.Generator(moments.device).manual_seed(seed)
+        sample.append(torch.randn(mean.shape[1:], generator=generator, device=moments.device))
+        noise.append(torch.randn(mean.shape[1:], generator=generator, device=moments.device))
+        u.append(draw_density(args, 1, generator))
+    latents = mean + deviation * torch.stack(sample)
+    return (latents - vae_config.shift_factor) * vae_config.scaling_factor, torch.stack(noise), torch.cat(u)
+
+
+def draw_density(args, count, generator):
+    """u (count,) in [0, 1], from the density of --weighting_scheme (SD3 paper, section 3.1)."""
+    return compute_density_for_timestep_sampling(
+        args.weighting_scheme,
+        batch_size=count,
+        logit_mean=args.logit_mean,
+        logit_std=args.logit_std,
+        mode_scale=args.mode_scale,
+        device=generator.device,
+        generator=generator,
+    )
+
+
+def flow_losses(args, transformer, levels, latents, noise, u, embeds, pooled):
+    """Rectified-flow loss of each image, (B,) in float32 (SD3 paper, section 2 and 3.1).
+
+    latents, noise (B, C, h, w) in float32; u (B,) in [0, 1]; `levels` are the scheduler's own tables of timesteps and
+    sigmas, (1000,) each, from noisy to clean; embeds (B, S, D); pooled (B, P).
+    """
+    timesteps, sigmas = levels
+    index = (u * len(timesteps)).long().clamp(0, len(timesteps) - 1)  # the mode density reaches u = 1
+    sigma = sigmas[index].view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * latents + sigma * noise
+    velocity = transformer(
+        hidden_states=noisy,
+        timestep=timesteps[index],
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        return_dict=False,
+    )[0].float()
+    if args.precondition_outputs:
+        prediction, target = noisy - sigma * velocity, latents
+    else:
+        prediction, target = velocity, noise - latents
+    weight = compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
+    return (weight * (prediction - target) ** 2).flatten(1).mean(dim=1)
+
+
+def split_losses(args, losses, weights):
+    """Mean loss of the instance images and of the class images, (2,): zero for the latter where there are none."""
+    kinds = (losses * weights).chunk(2) if args.with_prior_preservation else [losses * weights]
+    means = [kind.mean() for kind in kinds]
+    return torch.stack(means if len(means) == 2 else [*means, torch.zeros_like(means[0])])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(args, accelerator, trained):
+    """AdamW, its 8-bit form or Prodigy, with a parameter group a model."""
+    rate = args.learning_rate
+    if args.scale_lr:
+        rate *= accelerator.num_processes * args.gradient_accumulation_steps * args.train_batch_size
+    groups = []
+    for name, model in trained.items():
+        text = name in TEXT_ENCODERS
+        groups.append(
+            {
+                "params": trained_parameters(model),
+                "lr": args.text_encoder_lr if text and args.optimizer == "AdamW" else rate,
+                "weight_decay": args.adam_weight_decay_text_encoder if text else args.adam_weight_decay,
+                "name": name,
+            }
+        )
+    shared = {"lr": rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        if rate <= 0.1:
+            log.warning(f"--learning_rate {rate} is low for prodigy, which scales it by an estimate: 1.0 is usual")
+        return Prodigy(
+            groups,
+            **shared,
+            beta3=args.prodigy_beta3,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **shared)
+    return torch.optim.AdamW(groups, **shared, fused=accelerator.device.type in {"cpu", "cuda"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+MANIFEST = "dreambooth.json"  # written last: what the checkpoint holds and which flags it was trained with
+WEIGHTS = "pytorch_lora_weights.safetensors"
+MUST_MATCH = (
+    "pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam rank lora_layers"
+    " lora_blocks processes"
+).split()
+MAY_DIFFER = (
+    "output_dir logging_dir cache_dir report_to hub_model_id push_to_hub local_rank resume_from_checkpoint"
+    " checkpointing_steps checkpoints_total_limit dataloader_num_workers max_train_steps num_train_epochs"
+    " validation_prompt num_validation_images validation_epochs"
+).split()
+
+
+def save_weights(accelerator, trained, folder, dtype=torch.float32):
+    """Writes the adapters as a file that StableDiffusion3Pipeline.load_lora_weights reads."""
+    from peft import get_peft_model_state_dict
+
+    layers = {}
+    for name, model in trained.items():
+        model = accelerator.unwrap_model(model, keep_torch_compile=False)
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        layers[f"{name}_lora_layers"] = {key: value.to(dtype) for key, value in state.items()}
+    StableDiffusion3Pipeline.save_lora_weights(folder, **layers)
+
+
+def load_weights(accelerator, trained, folder):
+    """Reads a checkpoint's adapters back. Errors: ValueError for a key too many or too few."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    state = load_file(Path(folder, WEIGHTS))
+    for name, model in trained.items():
+        model = accelerator.unwrap_model(model, keep_torch_compile=False)
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        if own.keys() != get_peft_model_state_dict(model, save_embedding_layers=False).keys():
+            raise ValueError(f"the adapters of {name} in {folder} are not those of this run")
+        set_peft_model_state_dict(model, own)
+        cast_training_params(model, torch.float32)
+
+
+def hook_weights(accelerator, trained):
+    """Lets accelerate's save_state and load_state write and read the trained weights in the form users load."""
+
+    def save(models, weights, folder):
+        if accelerator.is_main_process:
+            save_weights(accelerator, trained, folder)
+        weights.clear()
+
+    def load(models, folder):
+        load_weights(accelerator, trained, folder)
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def public_flags(args):
+    """The run's flags without its secrets."""
+    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+
+
+def sync_to_disk(path):
+    """Has the operating system write a file or a folder's entries through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(args, accelerator, step):
+    """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
+    folder = Path(args.output_dir, f"checkpoint-{step}")
+    partial = folder.with_name(f".{folder.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(partial)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            files = [path for path in partial.rglob("*") if path.is_file()]
+            manifest = {
+                "step": step,
+                "seed": args.seed,
+                "flags": {**public_flags(args), "processes": accelerator.num_processes},
+                "files": {str(path.relative_to(partial)): path.stat().st_size for path in files},
+            }
+            Path(partial, MANIFEST).write_text(json.dumps(manifest, indent=2))
+            for path in partial.rglob("*"):
+                sync_to_disk(path)
+            sync_to_disk(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            sync_to_disk(folder.parent)
+            remove_old_checkpoints(args, folder)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = max(list_checkpoints(args.output_dir), default="none", key=checkpoint_step)
+        sys.exit(f"{folder} could not be written ({error}): make room and resume from the last checkpoint, {kept}")
+    accelerator.wait_for_everyone()
+    log.info(f"Saved {folder}")
+
+
+def checkpoint_step(folder):
+    return int(Path(folder).name.removeprefix("checkpoint-"))
+
+
+def list_checkpoints(output_dir):
+    """Folders named checkpoint-N, in no order; other names are left alone."""
+    return [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+
+
+def remove_old_checkpoints(args, newest):
+    if args.checkpoints_total_limit is None:
+        return
+    older = [path for path in list_checkpoints(args.output_dir) if path != newest]
+    older.sort(key=checkpoint_step, reverse=True)
+    for path in older[args.checkpoints_total_limit - 1 :]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_manifest(folder):
+    """What a checkpoint holds. Errors: ValueError that says what is damaged."""
+    try:
+        manifest = json.loads(Path(folder, MANIFEST).read_text())
+        for name, size in manifest["files"].items():
+            if not Path(folder, name).is_file():
+                raise ValueError(f"{name} is missing")
+            if Path(folder, name).stat().st_size != size:
+                raise ValueError(f"{name} has {Path(folder, name).stat().st_size} bytes, not {size}")
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{folder} is not a whole checkpoint: {error}") from error
+    return manifest
+
+
+def find_checkpoint(args, accelerator):
+    """Folder and manifest of --resume_from_checkpoint, or (None, {}) where training starts anew. Settles the seed."""
+    folder, manifest = choose_checkpoint(args)
+    if args.seed is None:
+        seed = manifest.get("seed", random.SystemRandom().randrange(2**32))
+        args.seed = broadcast_object_list([seed])[0] if accelerator.num_processes > 1 else seed
+    flags = {**public_flags(args), "processes": accelerator.num_processes}
+    differ = {name: old for name, old in manifest.get("flags", {}).items() if name in flags and flags[name] != old}
+    for name in MUST_MATCH:
+        if name in differ:
+            flag = "the number of processes" if name == "processes" else f"--{name}"
+            refuse(f"{folder} was trained with {flag} {differ[name]!r}, this run has {flags[name]!r}: give the same")
+    changed = [f"--{name} {flags[name]!r} was {old!r}" for name, old in differ.items() if name not in MAY_DIFFER]
+    if changed:
+        log.warning(f"the run goes on from {folder}, but not as it was: {', '.join(changed)}")
+    return folder, manifest
+
+
+def choose_checkpoint(args):
+    wanted = args.resume_from_checkpoint
+    if not wanted:
+        return None, {}
+    if wanted != "latest":
+        folder = next((path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()), None)
+        if folder is None:
+            refuse(f"--resume_from_checkpoint {wanted!r} is no folder, neither here nor in {args.output_dir!r}")
+        try:
+            return folder, read_manifest(folder)
+        except ValueError as error:
+            refuse(f"--resume_from_checkpoint: {error}")
+    for folder in sorted(list_checkpoints(args.output_dir), key=checkpoint_step, reverse=True):
+        try:
+            return folder, read_manifest(folder)
+        except ValueError as error:
+            log.warning(f"passed over: {error}")
+    log.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, training starts anew")
+    return None, {}
+
+
+def resume(args, accelerator, trained, checkpoint, manifest):
+    """Loads the checkpoint if there is one. Returns the update that training goes on from."""
+    hook_weights(accelerator, trained)
+    if checkpoint is None:
+        return 0
+    accelerator.load_state(checkpoint)
+    log.info(f"Resumed from {checkpoint}")
+    return manifest["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def evaluation(models):
+    """Models in eval mode and without gradients, for the length of a with block."""
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model in models:
+            model.train()
+
+
+def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds):
+    """Images of one prompt, one a seed, by the base pipeline with its own number of steps and guidance.
+
+    `prompt` and `empty` are embeds (1, S, D) and pooled embeds (1, P) of the prompt and of "". The VAE decodes in
+    float32. Returns PIL images.
+    """
+    absent = dict.fromkeys(("vae", *TEXT_ENCODERS, *TOKENIZERS))
+    scheduler = type(scheduler).from_config(scheduler.config)
+    pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(
+        prompt_embeds=prompt[0].expand(len(seeds), -1, -1),
+        pooled_prompt_embeds=prompt[1].expand(len(seeds), -1),
+        negative_prompt_embeds=empty[0].expand(len(seeds), -1, -1),
+        negative_pooled_prompt_embeds=empty[1].expand(len(seeds), -1),
+        height=args.resolution,
+        width=args.resolution,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+    ).images
+    latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    with torch.autocast(latents.device.type, enabled=False):
+        pixels = vae.decode(latents).sample
+    return VaeImageProcessor().postprocess(pixels, output_type="pil")
+
+
+def generate_class_images(args, parts, accelerator):
+    """Draws the class images that --class_data_dir still lacks with the base model, the processes sharing the work."""
+    folder = Path(args.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = range(len(list_images(folder)[0]), args.num_class_images)
+    accelerator.wait_for_everyone()  # nobody counts what another has already drawn
+    if not numbers:
+        return
+    precision = args.prior_generation_precision or ("fp32" if accelerator.device.type == "cpu" else "fp16")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    table = PromptTable(args, parts, accelerator, dtype)
+    table.fill(parts, [args.class_prompt, ""])
+    transformer = load_frozen(args, parts, "transformer", accelerator.device, dtype)
+    vae = load_frozen(args, parts, "vae", accelerator.device, torch.float32)
+    scheduler = load_part(args, parts, "scheduler")
+    mine = numbers[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(total=len(mine), desc="Drawing class images", disable=not accelerator.is_main_process)
+    for first in range(0, len(mine), args.sample_batch_size):
+        batch = mine[first : first + args.sample_batch_size]
+        seeds = [derive_seed(args.seed, "class drawing", number) for number in batch]
+        with evaluation([]):
+            images = draw_images(args, transformer, vae, scheduler, table([args.class_prompt]), table([""]), seeds)
+        for number, image in zip(batch, images, strict=True):
+            save_image(image, folder / f"{number}-{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png")
+        bar.update(len(batch))
+    bar.close()
+    del transformer, vae, table
+    free_memory()
+    accelerator.wait_for_everyone()
+
+
+def save_image(image, path):
+    """Writes a PNG that is either whole or not there."""
+    partial = path.with_name(f".{path.name}")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def validate(args, accelerator, trained, vae, scheduler, embed, step, final=False):
+    """Draws --num_validation_images, image i from seed + i, keeps them as files and sends them to the trackers.
+
+    Returns their paths on the main process.
+    """
+    transformer = accelerator.unwrap_model(trained["transformer"], keep_torch_compile=False)
+    numbers = range(args.num_validation_images)[accelerator.process_index :: accelerator.num_processes]
+    vae.to(accelerator.device)
+    images = []
+    with evaluation(trained.values()), accelerator.autocast():
+        prompt, empty = embed([args.validation_prompt]), embed([""])
+        for number in numbers:
+            seed = [args.seed + number]
+            images += [(number, draw_images(args, transformer, vae, scheduler, prompt, empty, seed)[0])]
+    if args.cache_latents:
+        vae.to("cpu")
+    free_memory()
+    images = gather_object(images) if accelerator.num_processes > 1 else images
+    if not accelerator.is_main_process:
+        return []
+    images = [image for _, image in sorted(images, key=lambda pair: pair[0])]
+    pattern = "image_{}.png" if final else f"validation/step-{step:06d}-{{}}.png"
+    paths = [Path(args.output_dir, pattern.format(number)) for number in range(len(images))]
+    paths[0].parent.mkdir(exist_ok=True)
+    for path, image in zip(paths, images, strict=True):
+        save_image(image, path)
+    log_images(args, accelerator, "test" if final else "validation", images, step)
+    return paths
+
+
+def log_images(args, accelerator, name, images, step):
+    """Sends images to the trackers that take them."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8) for i in images])
+            pixels = pixels.view(len(images), args.resolution, args.resolution, 3)
+            tracker.log_images({name: pixels.numpy()}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            pictures = [wandb.Image(image, caption=f"{i}: {args.validation_prompt}") for i, image in enumerate(images)]
+            tracker.log({name: pictures}, step=step)
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: images}, step=step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The result and the Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_result(args, accelerator, parts, trained):
+    """Writes what was trained to output_dir, in the precision of training unless --upcast_before_saving."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        dtype = torch.float32 if args.upcast_before_saving else frozen_dtype(accelerator)
+        save_weights(accelerator, trained, args.output_dir, dtype)
+    accelerator.wait_for_everyone()
+
+
+def describe_method(args, repository):
+    """Title, tags and a program for the model card."""
+    title = f"SD3 DreamBooth LoRA - {repository}"
+    tags = ["lora", "template:sd-lora"]
+    usage = f"""import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = StableDiffusion3Pipeline.from_pretrained({args.pretrained_model_name_or_path!r}, dtype=torch.float16)
+pipeline.load_lora_weights({repository!r})
+pipeline.to("cuda")
+"""
+    return title, tags, usage
+
+
+def name_base_model(args):
+    """Family of the base model by its transformer's config and its name, with the name and page of its licence."""
+    config = read_transformer_config(args)
+    turbo = " Turbo" if "turbo" in str(args.pretrained_model_name_or_path).lower() else ""
+    if config.get("dual_attention_layers"):
+        family, page = "Stable Diffusion 3.5 Medium", "stable-diffusion-3.5-medium"
+    elif config.get("qk_norm"):
+        family = f"Stable Diffusion 3.5 Large{turbo}"
+        page = family.lower().replace(" ", "-")
+    else:
+        family, page = "Stable Diffusion 3 Medium", "stable-diffusion-3-medium"
+    return family, "stabilityai-ai-community", f"https://huggingface.co/stabilityai/{page}/blob/main/LICENSE.md"
+
+
+def write_card(args, repository, image_paths):
+    """Writes the model card, README.md, with the final images as its gallery."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    family, license_name, license_link = name_base_model(args)
+    title, tags, usage = describe_method(args, repository)
+    prompt = args.validation_prompt or args.instance_prompt
+    data = ModelCardData(
+        base_model=str(args.pretrained_model_name_or_path),
+        license="other",
+        license_name=license_name,
+        license_link=license_link,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers-training", "diffusers", "sd3", "sd3-diffusers", *tags],
+        instance_prompt=args.instance_prompt,
+        widget=[{"text": prompt, "output": {"url": path.name}} for path in image_paths],
+    )
+    usage += f"image = pipeline({prompt!r}, max_sequence_length={args.max_sequence_length},"
+    usage += f" height={args.resolution}, width={args.resolution}).images[0]\n"
+    encoders = f", with {' and '.join(TRAINED_ENCODERS)}" if args.train_text_encoder else ""
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {title}
+
+<Gallery />
+
+DreamBooth weights for {args.pretrained_model_name_or_path} ({family}){encoders}. Write `{args.instance_prompt}`
+in a prompt to see the subject.
+
+```py
+{usage}```
+
+The base model's [licence]({license_link}) holds for these weights.
+"""
+    ModelCard(text).save(Path(args.output_dir, "README.md"))
+
+
+def open_repository(args, accelerator):
+    """Creates the Hub repository, or refuses: better at the start than after hours. Returns its id."""
+    repository = args.hub_model_id or Path(args.output_dir).resolve().name
+    if not args.push_to_hub or not accelerator.is_main_process:
+        return repository
+    from huggingface_hub import create_repo
+
+    try:
+        return create_repo(repository, exist_ok=True, token=args.hub_token).repo_id
+    except (OSError, ValueError) as error:
+        refuse(f"--push_to_hub: {repository!r} cannot be created or written: {error}")
+
+
+def push(args, repository):
+    """Uploads weights, card and images; checkpoints, logs and what is hidden stay here."""
+    from huggingface_hub import upload_folder
+
+    ignored = ["checkpoint-*", ".*", f"{args.logging_dir}/*", "validation/*"]
+    upload_folder(
+        repo_id=repository,
+        folder_path=args.output_dir,
+        commit_message="End of training",
+        ignore_patterns=ignored,
+        token=args.hub_token,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_accelerator(args):
+    """The accelerator with its trackers not yet started, and output_dir."""
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to.split(","),
+            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+            dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
+        )
+    except ValueError as error:
+        refuse(f"--mixed_precision {args.mixed_precision}: {error}")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger(__name__).setLevel(logging.INFO)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    return accelerator
+
+
+def start_trackers(args, accelerator):
+    """Starts the trackers, with the flags less the secrets as the run's configuration."""
+    plain = (bool, int, float, str)
+    config = {name: value if isinstance(value, plain) else str(value) for name, value in public_flags(args).items()}
+    folder = str(Path(args.output_dir, args.logging_dir))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers(PROJECT, config=config, init_kwargs={"wandb": {"dir": folder}})
+
+
+def catch_signals():
+    """A list that SIGTERM, SIGINT and SIGUSR1 put their number into; a second one ends the process at once."""
+    caught = []
+
+    def catch(number, frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), catch)
+    return caught
+
+
+def make_loader(args, accelerator, dataset, sampler):
+    """Batches on the device, this process's share of them."""
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return accelerator.prepare(loader)
+
+
+def make_schedule(args, accelerator, optimizer, total):
+    """The learning rate over `total` updates; accelerate steps it once a process, hence the products."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=total * accelerator.num_processes,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+def read_update(args, accelerator, seen, norm, caught):
+    """Figures of an update, averaged over its batches and the processes, and the signal that any process caught.
+
+    `seen` has a tensor (2,) of instance and prior loss a batch. This is where the host waits for the device, once an
+    update. Returns {name: float} and the signal's number or 0.
+    """
+    number = torch.tensor(caught[:1] or [0], device=norm.device)
+    row = torch.cat([torch.stack(seen).mean(dim=0), norm.float().view(1), number])
+    if accelerator.num_processes > 1:
+        rows = accelerator.gather(row[None])
+        row = torch.cat([rows[:, :3].mean(dim=0), rows[:, 3].amax(dim=0, keepdim=True)])
+    instance, prior, norm, number = row.tolist()
+    seen.clear()
+    figures = {"loss": instance + args.prior_loss_weight * prior, "grad_norm": norm}
+    if args.with_prior_preservation:
+        figures |= {"instance_loss": instance, "prior_loss": prior}
+    return figures, int(number)
+
+
+def is_sound(args, accelerator, figures, step, skipped):
+    """Whether an update may reach the weights. `skipped` collects those that may not; ten in a row end the run."""
+    if all(math.isfinite(value) for value in figures.values()):
+        return True
+    if accelerator.scaler is not None and math.isfinite(figures["loss"]):
+        log.info(f"update {step}: float16 gradients overflowed, the scaler skips it and lowers its scale")
+        return True
+    skipped.append(step)
+    log.warning(f"update {step} is skipped, {len(skipped)} so far: {figures}")
+    if skipped[-10:] == list(range(step - 9, step + 1)):
+        kept = max(list_checkpoints(args.output_dir), default="none", key=checkpoint_step)
+        sys.exit(f"ten updates in a row were not finite: lower the rate, resume from the last checkpoint ({kept})")
+    return False
+
+
+def log_update(accelerator, bar, optimizer, schedule, figures, step):
+    """One log point of an update, and the bar's figures."""
+    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        figures["lr" if group["name"] == "transformer" else f"lr_{group['name']}"] = rate
+    bar.update()
+    bar.set_postfix(loss=f"{figures['loss']:.4f}", lr=f"{figures['lr']:.2e}")
+    accelerator.log(figures, step=step)
+
+
+def stop_cleanly(args, accelerator, step, number):
+    """Ends the run after a signal, with the way to go on."""
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        name, folder = signal.Signals(number).name, Path(args.output_dir, f"checkpoint-{step}")
+        print(f"{name}: saved {folder}; add --resume_from_checkpoint latest to go on", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def finish(args, accelerator, parts, trained, draw, repository):
+    """Weights first, then the final images, the card and the upload."""
+    save_result(args, accelerator, parts, trained)
+    paths = draw(final=True) if args.validation_prompt else []
+    if accelerator.is_main_process:
+        write_card(args, repository, paths)
+        if args.push_to_hub:
+            push(args, repository)
+        log.info(f"The result is in {args.output_dir}")
+    accelerator.end_training()
+
+
+def main(args):
+    """Trains, and leaves in output_dir what the module's docstring lists."""
+    accelerator = start_accelerator(args)
+    parts = read_pipeline(args)
+    targets = choose_targets(args, parts)
+    checkpoint, manifest = find_checkpoint(args, accelerator)
+    repository = open_repository(args, accelerator)
+    dataset = read_dataset(args, parts, accelerator)
+
+    # Frozen text encoders speak once and leave, then the VAE, the transformer last: the memory is that of the largest.
+    embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
+    embed.fill(parts, [*dataset.prompts["instance"], *dataset.prompts["class"], args.validation_prompt or "", ""])
+    vae = load_frozen(args, parts, "vae", accelerator.device, torch.float32)
+    if args.cache_latents:
+        cache_moments(dataset, vae.to(accelerator.device), accelerator)
+        vae.to("cpu")
+    trained = load_trained(args, parts, accelerator, targets)
+
+    optimizer = make_optimizer(args, accelerator, trained)
+    sampler = EpochSampler(len(dataset), args.train_batch_size, accelerator.num_processes, args.seed)
+    loader = make_loader(args, accelerator, dataset, sampler)
+    updates = math.ceil(len(loader) / args.gradient_accumulation_steps)  # an epoch
+    total = args.max_train_steps or args.num_train_epochs * updates
+    schedule = make_schedule(args, accelerator, optimizer, total)
+    *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
+    embed.trained = trained = dict(zip(trained, models, strict=True))
+    step = resume(args, accelerator, trained, checkpoint, manifest)
+    start_trackers(args, accelerator)
+
+    scheduler = load_part(args, parts, "scheduler")
+    levels = scheduler.timesteps.to(accelerator.device), scheduler.sigmas.to(accelerator.device)
+    draw = functools.partial(validate, args, accelerator, trained, vae, scheduler, embed)
+    parameters = [parameter for model in models for parameter in trained_parameters(model)]
+    caught, seen, skipped, sound = catch_signals(), [], [], True
+    bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
+    for epoch in range(max(step - 1, 0) // updates, math.ceil(total / updates)):
+        sampler.epoch, sampler.start = epoch, max(step - epoch * updates, 0) * args.gradient_accumulation_steps
+        for batch in loader:
+            with accelerator.accumulate(*models):
+                torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
+                moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
+                latents, noise, u = draw_latents(args, vae.config, moments, batch["seeds"])
+                embeds, pooled = embed(batch["prompts"])
+                losses = flow_losses(args, trained["transformer"], levels, latents, noise, u, embeds, pooled)
+                means = split_losses(args, losses, batch["weights"])
+                accelerator.backward(means[0] + args.prior_loss_weight * means[1])
+                seen.append(means.detach())
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    figures, stop = read_update(args, accelerator, seen, norm, caught)
+                    sound = is_sound(args, accelerator, figures, step + 1, skipped)
+                if sound or accelerator.scaler is not None:  # the scaler skips by itself
+                    optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            log_update(accelerator, bar, optimizer, schedule, figures, step)
+            if stop or step % args.checkpointing_steps == 0:
+                save_checkpoint(args, accelerator, step)
+            if stop:
+                stop_cleanly(args, accelerator, step, stop)
+            if step >= total:
+                break
+        if args.validation_prompt and epoch % args.validation_epochs == 0:
+            draw(step)
+    bar.close()
+    finish(args, accelerator, parts, trained, functools.partial(draw, step), repository)
+
+
+if __name__ == "__main__":
+    main(ARGS)
