@@ -20,10 +20,12 @@ The twin, train_dreambooth_sd3.py, trains the whole transformer; `diff` of the t
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import importlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -33,6 +35,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,12 +84,25 @@ def add_input_flags(parser):
     add("--dataset_name", help="Hub id or folder of an image dataset, read by the datasets library.")
     add("--dataset_config_name", help="Configuration of that dataset.")
     add("--instance_data_dir", metavar="FOLDER", help="Folder with the subject's images, in place of --dataset_name.")
+    add("--dataset_split", default="train", help="Split of that dataset.")
     add("--image_column", default="image", help="Dataset column with the images.")
     add("--caption_column", help="Dataset column with a caption an image; empty ones fall back to --instance_prompt.")
     add("--repeats", type=int, default=1, help="How often each instance image occurs in an epoch.")
-    add("--instance_prompt", required=True, metavar="PROMPT", help="Such as 'a photo of sks dog'.")
+    add("--instance_prompt", metavar="PROMPT", help="Such as 'a photo of sks dog'; for images without a caption.")
+    add(
+        "--caption_dropout",
+        type=float,
+        default=0.0,
+        help="Probability of the empty prompt in place of an image's own.",
+    )
     add("--max_sequence_length", type=int, default=77, help="T5 tokens of a prompt, 1 to 512; CLIP has its own 77.")
     add("--resolution", type=int, default=512, help="Side of the square crop in pixels, a multiple of 16.")
+    add("--use_aspect_ratio_buckets", action="store_true", help="Keep shapes: crop to the nearest of several sizes.")
+    add(
+        "--aspect_ratio_buckets",
+        metavar="H,W;H,W",
+        help="These sizes, for --use_aspect_ratio_buckets; unset: by shape.",
+    )
     add("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
     add("--random_flip", action="store_true", help="Mirror half of the images.")
     add("--dataloader_num_workers", type=int, default=0, help="Loader processes; 0 loads in the training process.")
@@ -156,6 +172,7 @@ def add_training_flags(parser):
 def add_output_flags(parser):
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompt", metavar="PROMPT", help="Prompt of the images drawn along the way and at the end.")
+    add("--validation_data_dir", metavar="FOLDER", help="Held-out images: their loss at fixed noise is logged.")
     add("--num_validation_images", type=int, default=4, help="How many images each time.")
     add("--validation_epochs", type=int, default=50, help="Draw after epoch 0 and every so many epochs.")
 
@@ -206,7 +223,7 @@ def check_numbers(args):
         refuse(f"--max_sequence_length {args.max_sequence_length} is out of range: give 1 to 512")
     if args.precondition_outputs not in (0, 1):
         refuse(f"--precondition_outputs {args.precondition_outputs} is out of range: give 0 or 1")
-    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout"):
+    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout", "caption_dropout"):
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < 1:
             refuse(f"--{name} {value} is out of range: give 0 or greater, below 1")
@@ -219,8 +236,20 @@ def check_data_flags(args):
     if bool(args.dataset_name) == bool(args.instance_data_dir):
         given = f"{args.dataset_name!r} and {args.instance_data_dir!r}" if args.dataset_name else "neither of them"
         refuse(f"--dataset_name, --instance_data_dir: {given} given, give exactly one")
-    if args.instance_data_dir and not Path(args.instance_data_dir).is_dir():
-        refuse(f"--instance_data_dir {args.instance_data_dir!r} is not a folder: give the folder with the images")
+    for name in ("instance_data_dir", "validation_data_dir"):
+        folder = getattr(args, name)
+        if folder and not Path(folder).is_dir():
+            refuse(f"--{name} {folder!r} is not a folder: give the folder with the images")
+    if args.aspect_ratio_buckets and not args.use_aspect_ratio_buckets:
+        refuse("--aspect_ratio_buckets needs --use_aspect_ratio_buckets")
+    for bucket in (args.aspect_ratio_buckets or "16,16").split(";"):
+        sides = bucket.split(",")
+        if len(sides) != 2 or not all(
+            side.strip().isdecimal() and int(side) and int(side) % 16 == 0 for side in sides
+        ):
+            refuse(
+                f"--aspect_ratio_buckets: {bucket!r} is no height,width in multiples of 16, such as 512,768;768,512"
+            )
     for name in ("class_data_dir", "class_prompt"):
         if args.with_prior_preservation and not getattr(args, name):
             refuse(f"--with_prior_preservation needs --{name}")
@@ -262,6 +291,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":  # before the imports below, which take seconds: --help and a wrong flag answer at once
     ARGS = parse_args()
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchvision that nothing here needs
 
 import torch
 from accelerate import Accelerator
@@ -274,7 +304,10 @@ from diffusers.training_utils import (
     cast_training_params,
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
+    find_nearest_bucket,
     free_memory,
+    generate_aspect_ratio_buckets,
+    parse_buckets_string,
 )
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
@@ -287,6 +320,8 @@ PROJECT = "dreambooth-sd3-lora"  # the trackers' name for it
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"}
+CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 
 
 def derive_seed(*parts):
@@ -315,51 +350,89 @@ def to_rgb(image):
 
 
 def open_image(source):
-    """RGB image of a path or of a dataset's image. Errors: ValueError that names what cannot be read."""
+    """RGB image of a path, of a file's bytes or of a dataset's {"bytes", "path"}.
+
+    Errors: ValueError that names what cannot be read.
+    """
+    name = source.get("path") if isinstance(source, dict) else source
     try:
-        if isinstance(source, Image.Image):
-            return to_rgb(source)
-        with Image.open(source) as image:
+        if isinstance(source, dict):
+            source = source["bytes"] or source["path"]
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return to_rgb(image)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image {str(source)!r} cannot be read ({error}): repair it or take it away") from error
+        raise ValueError(
+            f"the image {str(name)[:200]!r} cannot be read ({error}): repair it or take it away"
+        ) from error
 
 
 def crop_image(image, size, generator, center, flip):
-    """A square of `size` pixels from an RGB image, in [-1, 1].
+    """A crop of `size`, (height, width) in pixels, from an RGB image, in [-1, 1].
 
-    The short side is scaled to `size`, bilinear with antialiasing; the place of the crop and the mirroring are drawn
-    from `generator`. Only the pixels of the crop are computed, so a panorama costs no more than a square.
-    Returns a float32 tensor (3, size, size).
+    The image is scaled until it just covers `size`, bilinear with antialiasing; the place of the crop and the mirror
+    are drawn from `generator`. Only the pixels of the crop are computed, so a panorama costs no more than a square.
+    Returns a float32 tensor (3, height, width).
     """
-    width, height = (max(size, int(size * side / min(image.size))) for side in image.size)
+    height, width = size
+    if image.height * width < image.width * height:
+        tall, wide = height, image.width * height // image.height
+    else:
+        tall, wide = image.height * width // image.width, width
     down, right, mirror = torch.rand(3, generator=generator).tolist()
-    top = round((height - size) / 2) if center else int(down * (height - size + 1))
-    left = round((width - size) / 2) if center else int(right * (width - size + 1))
-    across, along = image.width / width, image.height / height
-    box = (left * across, top * along, (left + size) * across, (top + size) * along)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    top = round((tall - height) / 2) if center else int(down * (tall - height + 1))
+    left = round((wide - width) / 2) if center else int(right * (wide - width + 1))
+    across, along = image.width / wide, image.height / tall
+    box = (left * across, top * along, (left + width) * across, (top + height) * along)
+    image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
     if flip and mirror < 0.5:
         image = ImageOps.mirror(image)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def choose_size(args, width, height):
+    """Height and width that an image of these pixels is trained at: the square, or the bucket nearest in shape.
+
+    Without a list of buckets they are those of diffusers for --resolution, or for the largest smaller resolution at
+    which the image need not be scaled up.
+    """
+    if not args.use_aspect_ratio_buckets:
+        return args.resolution, args.resolution
+    if args.aspect_ratio_buckets:
+        buckets = parse_buckets_string(args.aspect_ratio_buckets)
+        return buckets[find_nearest_bucket(height, width, buckets)]
+    for resolution in range(args.resolution, 0, -16):
+        buckets = generate_aspect_ratio_buckets(resolution, divisibility=16)
+        bucket = buckets[find_nearest_bucket(height, width, buckets)]
+        if bucket[0] <= height and bucket[1] <= width:
+            break
+    return bucket
 
 
 class DreamBoothDataset:
     """Instance images with their prompts, each together with a class image where there are any.
 
     An item's place is (epoch, index, weight): all that is drawn for it comes from the run's seed, epoch and index.
+    `sizes` are the (height, width) that the instance images are cropped to; a class image takes its partner's.
     `moments`, once filled by `cache_moments`, stands in for the pixels.
     """
 
-    def __init__(self, args, images, prompts, class_images):
-        self.args, self.moments = args, None
+    def __init__(self, args, images, prompts, sizes, class_images=()):
+        self.args, self.sizes, self.moments = args, sizes, None
         self.images = {"instance": images, "class": class_images}
         self.prompts = {"instance": prompts, "class": [args.class_prompt] * len(class_images)}
         self.kinds = ["instance", "class"] if class_images else ["instance"]
 
     def __len__(self):
         return max(len(self.images["instance"]) * self.args.repeats, len(self.images["class"]))
+
+    def all_prompts(self):
+        """Every prompt that an item may have."""
+        return {"", *self.prompts["instance"], *self.prompts["class"]}
+
+    def size(self, index):
+        """Height and width in pixels of the item at an index."""
+        return self.sizes[index % len(self.sizes)]
 
     def __getitem__(self, place):
         """The examples of an item: instance, then class."""
@@ -368,47 +441,56 @@ class DreamBoothDataset:
         for kind in self.kinds:
             number = index % len(self.images[kind])
             seed = derive_seed(self.args.seed, kind, epoch, index)
-            data = self.pixels(kind, number, seed) if self.moments is None else self.moments[kind, number]
-            examples.append({"data": data, "prompt": self.prompts[kind][number], "seed": seed, "weight": weight})
+            key = kind, number, self.size(index)
+            prompt = self.prompts[kind][number]
+            if kind == "instance" and random.Random(derive_seed(seed, "caption")).random() < self.args.caption_dropout:
+                prompt = ""
+            data = self.pixels(*key, seed) if self.moments is None else self.moments[key]
+            examples.append({"data": data, "prompt": prompt, "seed": seed, "weight": weight})
         return examples
 
-    def pixels(self, kind, number, seed):
-        """Pixels (3, resolution, resolution) in [-1, 1] of one image, in the crop that `seed` draws."""
+    def pixels(self, kind, number, size, seed):
+        """Pixels (3, height, width) in [-1, 1] of one image, in the crop that `seed` draws."""
         generator = torch.Generator().manual_seed(derive_seed(seed, "crop"))
         image = open_image(self.images[kind][number])
-        return crop_image(image, self.args.resolution, generator, self.args.center_crop, self.args.random_flip)
+        return crop_image(image, size, generator, self.args.center_crop, self.args.random_flip)
 
 
 class EpochSampler:
     """Batches of places (epoch, index, weight): every index once an epoch, in an order drawn from seed and epoch.
 
-    Batches come in groups of one a process. Where the images of the last group do not divide, places of weight 0 fill
-    it and the others weigh more, so that the mean over the processes is the mean over the images.
-    Set `epoch`, and `start` to the batches a process has done of it, before each pass.
+    Batches hold images of one size and come in groups of one a process. Where a group is not full, places of weight 0
+    make its batches equally long and the others weigh more, so that the mean over the processes is the mean over the
+    images. Set `epoch`, and `start` to the batches that a process has done of it, before each pass.
     """
 
     batch_size = None  # tells accelerate that batches differ in length
 
-    def __init__(self, length, batch_size, processes, seed):
-        self.length, self.batch, self.processes, self.seed = length, batch_size, processes, seed
+    def __init__(self, dataset, batch_size, processes, seed):
+        self.sizes = [dataset.size(index) for index in range(len(dataset))]
+        self.group, self.processes, self.seed = batch_size * processes, processes, seed
         self.epoch = self.start = 0
 
     def __len__(self):
-        return math.ceil(self.length / (self.batch * self.processes)) * self.processes
+        return sum(math.ceil(count / self.group) for count in Counter(self.sizes).values()) * self.processes
+
+    def groups(self):
+        """Indices of the epoch, in lists of one size that are a batch of each process; those not full come last."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+        full, filling = [], {}
+        for index in torch.randperm(len(self.sizes), generator=generator).tolist():
+            group = filling.setdefault(self.sizes[index], [])
+            group.append(index)
+            if len(group) == self.group:
+                full.append(filling.pop(self.sizes[index]))
+        return full + list(filling.values())
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        group = self.batch * self.processes
-        for first in range(self.start * group, self.length, group):
-            indices = order[first : first + group]
-            each = math.ceil(len(indices) / self.processes)
-            weights = [each * self.processes / len(indices)] * len(indices)
-            spare = each * self.processes - len(indices)
-            places = [
-                (self.epoch, index, weight)
-                for index, weight in zip(indices + order[:1] * spare, weights + [0.0] * spare, strict=True)
-            ]
+        for group in self.groups()[self.start :]:
+            each = math.ceil(len(group) / self.processes)
+            spare = each * self.processes - len(group)
+            places = [(self.epoch, index, each * self.processes / len(group)) for index in group]
+            places += [(self.epoch, group[0], 0.0)] * spare
             yield from (places[rank * each : (rank + 1) * each] for rank in range(self.processes))
 
 
@@ -423,54 +505,172 @@ def collate(items):
     }
 
 
+def inspect_images(flag, images):
+    """Width and height of every image, each of which is read once. Refuses one that cannot be; names repeated ones."""
+
+    def inspect(source):
+        image = open_image(source)
+        return image.size, hashlib.sha256(image.tobytes()).digest()
+
+    with ThreadPoolExecutor() as pool:
+        try:
+            found = list(pool.map(inspect, images))
+        except ValueError as error:
+            refuse(f"{flag}: {error}")
+    repeated = len(found) - len({digest for _, digest in found})
+    if repeated:
+        log.warning(f"{flag}: {repeated} of the {len(found)} images are copies of others")
+    return [size for size, _ in found]
+
+
 def read_folder(flag, folder):
-    """Paths of a folder's images, every one of which has been read once; what else lies there is named."""
+    """Paths of a folder's images; what else lies there, captions apart, is named."""
     images, others = list_images(folder)
     if not images:
         refuse(f"{flag} {str(folder)!r} holds no image: give a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files")
+    stems = {path.stem for path in images}
+    others = [
+        n for n in others if n not in METADATA_FILES and not (Path(n).stem in stems and n.endswith(CAPTION_SUFFIXES))
+    ]
     if others:
         log.warning(f"{flag} {folder}: passed over {', '.join(others[:10])}{' ...' if len(others) > 10 else ''}")
-    with ThreadPoolExecutor() as pool:
-        try:
-            for _ in pool.map(open_image, images):
-                pass
-        except ValueError as error:
-            refuse(f"{flag}: {error}")
     return images
 
 
+def read_metadata(path, column):
+    """{file name: caption} of a metadata.jsonl or metadata.csv, as the datasets library's imagefolder has it."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = (
+                [json.loads(line) for line in file if line.strip()]
+                if path.suffix == ".jsonl"
+                else [*csv.DictReader(file)]
+            )
+    except ValueError as error:
+        refuse(f"{path} cannot be read: {error}")
+    for row in rows:
+        if "file_name" not in row or column not in row:
+            refuse(f"{path}: a row has the columns {', '.join(map(str, row))}; it needs file_name and {column}")
+    return {row["file_name"]: row[column] for row in rows}
+
+
+def read_captions(folder, images, column):
+    """A caption, or None, for each image: from the folder's metadata file, else from a .txt or .caption beside it."""
+    table = {}
+    for path in (Path(folder, name) for name in METADATA_FILES):
+        if path.is_file():
+            table |= read_metadata(path, column or "text")
+    unknown = sorted(table.keys() - {path.name for path in images})
+    if unknown:
+        log.warning(f"{folder}: the metadata has captions for images that are not there: {', '.join(unknown[:10])}")
+    captions = []
+    for image in images:
+        beside = [path for path in map(image.with_suffix, CAPTION_SUFFIXES) if path.is_file()]
+        try:
+            captions.append(table.get(image.name) or (beside[0].read_text(encoding="utf-8") if beside else None))
+        except ValueError as error:
+            refuse(f"{beside[0]} is not UTF-8 text: {error}")
+    return captions
+
+
+def load_rows(args):
+    """Rows of --dataset_name: a folder that a dataset was saved to, a file, a folder of files, or a Hub id."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(args.dataset_name)
+    if Path(path, "state.json").is_file() or Path(path, "dataset_dict.json").is_file():
+        rows = load_from_disk(path)
+        return rows[args.dataset_split] if isinstance(rows, DatasetDict) else rows
+    shared = {"cache_dir": args.cache_dir, "split": args.dataset_split}
+    if path.is_file():
+        kind = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
+        return load_dataset(kind, data_files=str(path), **shared)
+    return load_dataset(args.dataset_name, args.dataset_config_name, **shared)
+
+
 def read_hub_dataset(args):
-    """Images and captions of --dataset_name: a sequence that decodes when it is indexed, and strings or None."""
-    from datasets import load_dataset
+    """Images and captions of --dataset_name: a sequence whose images are decoded when used, and strings or None."""
+    from datasets import Image as ImageFeature
 
     try:
-        rows = load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
-    except (OSError, ValueError) as error:
+        rows = load_rows(args)
+    except (OSError, ValueError, KeyError) as error:
         refuse(f"--dataset_name {args.dataset_name!r} cannot be read: {error}")
     for flag in ("image_column", "caption_column"):
         column = getattr(args, flag)
         if column and column not in rows.column_names:
             refuse(f"--{flag} {column!r} is not in the dataset: its columns are {', '.join(rows.column_names)}")
+    if not len(rows):
+        refuse(f"--dataset_name {args.dataset_name!r} has no rows in split {args.dataset_split!r}")
     captions = rows[args.caption_column][:] if args.caption_column else [None] * len(rows)
+    odd = next((caption for caption in captions if not isinstance(caption, str | None)), None)
+    if odd is not None:
+        refuse(f"--caption_column {args.caption_column!r} holds {str(odd)[:60]!r}: a caption is a string")
+    if isinstance(rows.features[args.image_column], ImageFeature):
+        rows = rows.cast_column(args.image_column, ImageFeature(decode=False))
     return rows[args.image_column], captions
 
 
-def read_dataset(args, parts, accelerator):
-    """The run's dataset, its class images drawn where they lack; --instance_prompt is for images without a caption."""
+def read_instances(args):
+    """The instance images, a prompt for each and the sizes they are cropped to, with what was found said once."""
     if args.dataset_name:
-        images, captions = read_hub_dataset(args)
+        flag, (images, captions) = "--dataset_name", read_hub_dataset(args)
     else:
-        images = read_folder("--instance_data_dir", args.instance_data_dir)
-        captions = [None] * len(images)
-        if args.caption_column:
-            log.warning("--caption_column has no effect with --instance_data_dir: its images have no columns")
-    prompts = [(caption or "").strip() or args.instance_prompt for caption in captions]
-    log.info(f"{len(images)} instance images, {sum(map(bool, captions))} of them with a caption of their own")
+        flag = "--instance_data_dir"
+        images = read_folder(flag, args.instance_data_dir)
+        captions = read_captions(args.instance_data_dir, images, args.caption_column)
+    captions = [" ".join((caption or "").split()) for caption in captions]
+    bare = captions.count("")
+    if bare and not args.instance_prompt:
+        refuse(f"{flag}: {bare} of {len(images)} images have no caption: give --instance_prompt for them")
+    log.info(f"{flag}: {len(images)} images, {len(images) - bare} with a caption, {bare} with --instance_prompt")
+    pixels = inspect_images(flag, images)
+    sizes = [choose_size(args, *size) for size in pixels]
+    small = sum(width < size[1] or height < size[0] for (width, height), size in zip(pixels, sizes, strict=True))
+    if small:
+        log.warning(f"{flag}: {small} images are smaller than what they are trained at and are scaled up")
+    if args.use_aspect_ratio_buckets:
+        found = ", ".join(f"{count} at {size[0]}x{size[1]}" for size, count in sorted(Counter(sizes).items()))
+        log.info(f"images by bucket, height x width: {found}")
+    return images, [caption or args.instance_prompt for caption in captions], sizes
+
+
+def check_sizes(args, sizes):
+    """Refuses images that are larger than the transformer's table of positions."""
+    config = read_transformer_config(args)
+    limit = config["pos_embed_max_size"] * config["patch_size"] * 8
+    for size in sizes:
+        if max(size) > limit:
+            flag = "--aspect_ratio_buckets" if args.use_aspect_ratio_buckets else "--resolution"
+            refuse(
+                f"{flag}: {size[0]}x{size[1]} is too large: the transformer has positions for {limit} pixels a side"
+            )
+
+
+def read_dataset(args, parts, accelerator):
+    """The dataset of the run, its class images drawn where they lack."""
+    images, prompts, sizes = read_instances(args)
+    check_sizes(args, {*sizes, (args.resolution, args.resolution)})
     class_images = []
     if args.with_prior_preservation:
         generate_class_images(args, parts, accelerator)
         class_images = read_folder("--class_data_dir", args.class_data_dir)[: args.num_class_images]
-    return DreamBoothDataset(args, images, prompts, class_images)
+        inspect_images("--class_data_dir", class_images)
+    return DreamBoothDataset(args, images, prompts, sizes, class_images)
+
+
+def read_held_out(args):
+    """The images of --validation_data_dir with their prompts, cropped in the middle; None without the flag."""
+    if not args.validation_data_dir:
+        return None
+    flag, folder = "--validation_data_dir", args.validation_data_dir
+    images = read_folder(flag, folder)
+    captions = read_captions(folder, images, args.caption_column)
+    prompts = [" ".join((caption or "").split()) or args.instance_prompt or "" for caption in captions]
+    plain = argparse.Namespace(**{**vars(args), "center_crop": True, "random_flip": False, "repeats": 1, "seed": 0})
+    return DreamBoothDataset(
+        plain, images, prompts, [choose_size(args, *size) for size in inspect_images(flag, images)]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -711,11 +911,15 @@ def encode_moments(vae, pixels):
 
 def cache_moments(dataset, vae, accelerator):
     """Encodes every image of the dataset once, in one crop each, the processes sharing the work."""
-    keys = [(kind, number) for kind in dataset.kinds for number in range(len(dataset.images[kind]))]
-    mine, moments = keys[accelerator.process_index :: accelerator.num_processes], {}
-    for kind, number in tqdm(mine, desc="Caching latents", disable=not accelerator.is_main_process):
-        pixels = dataset.pixels(kind, number, derive_seed(dataset.args.seed, "cache", kind, number))
-        moments[kind, number] = encode_moments(vae, pixels[None].to(accelerator.device))[0].cpu()
+    keys = {
+        (kind, index % len(dataset.images[kind]), dataset.size(index)): None
+        for kind in dataset.kinds
+        for index in range(len(dataset))
+    }
+    mine, moments = list(keys)[accelerator.process_index :: accelerator.num_processes], {}
+    for key in tqdm(mine, desc="Caching latents", disable=not accelerator.is_main_process):
+        pixels = dataset.pixels(*key, derive_seed(dataset.args.seed, "cache", *key))
+        moments[key] = encode_moments(vae, pixels[None].to(accelerator.device))[0].cpu()
     if accelerator.num_processes > 1:
         moments = dict(gather_object(list(moments.items())))
     dataset.moments = moments
@@ -1096,11 +1300,39 @@ def save_image(image, path):
     partial.replace(path)
 
 
-def validate(args, accelerator, trained, vae, scheduler, embed, step, final=False):
-    """Draws --num_validation_images, image i from seed + i, keeps them as files and sends them to the trackers.
+def measure_held_out(args, accelerator, transformer, vae_config, levels, embed, held_out):
+    """Mean loss of the held-out images at eight noise levels each, whose noise is the same at every call and run."""
+    mine = range(accelerator.process_index, len(held_out), accelerator.num_processes)
+    total = torch.zeros(2, device=accelerator.device)  # sum and count
+    for index in mine:
+        data = held_out[0, index, 1.0][0]
+        moments = data["data"][None].to(accelerator.device)
+        for level in range(8):
+            latents, noise, _ = draw_latents(args, vae_config, moments, [derive_seed("held out", index, level)])
+            u = torch.full((1,), (level + 0.5) / 8, device=accelerator.device)
+            loss = flow_losses(args, transformer, levels, latents, noise, u, *embed([data["prompt"]]))
+            total += torch.stack([loss.sum(), torch.ones_like(loss.sum())])
+    total = accelerator.reduce(total, "sum")
+    return (total[0] / total[1]).item()
 
-    Returns their paths on the main process.
+
+def validate(args, accelerator, trained, vae, scheduler, embed, held_out, levels, step, final=False):
+    """Logs the held-out loss, and draws --num_validation_images, as far as the flags ask for them.
+
+    Image i is drawn from seed + i, kept as a file and sent to the trackers. Returns the paths on the main process.
     """
+    if held_out:
+        transformer = accelerator.unwrap_model(trained["transformer"], keep_torch_compile=False)
+        with evaluation(trained.values()), accelerator.autocast():
+            loss = measure_held_out(args, accelerator, transformer, vae.config, levels, embed, held_out)
+        accelerator.log({"validation_loss": loss}, step=step)
+    return draw_validation(args, accelerator, trained, vae, scheduler, embed, step, final)
+
+
+def draw_validation(args, accelerator, trained, vae, scheduler, embed, step, final):
+    """The images of `validate`."""
+    if not args.validation_prompt:
+        return []
     transformer = accelerator.unwrap_model(trained["transformer"], keep_torch_compile=False)
     numbers = range(args.num_validation_images)[accelerator.process_index :: accelerator.num_processes]
     vae.to(accelerator.device)
@@ -1190,7 +1422,7 @@ def write_card(args, repository, image_paths):
 
     family, license_name, license_link = name_base_model(args)
     title, tags, usage = describe_method(args, repository)
-    prompt = args.validation_prompt or args.instance_prompt
+    prompt = args.validation_prompt or args.instance_prompt or ""
     data = ModelCardData(
         base_model=str(args.pretrained_model_name_or_path),
         license="other",
@@ -1377,10 +1609,10 @@ def stop_cleanly(args, accelerator, step, number):
     sys.exit(128 + number)
 
 
-def finish(args, accelerator, parts, trained, draw, repository):
+def finish(args, accelerator, parts, trained, check, repository):
     """Weights first, then the final images, the card and the upload."""
     save_result(args, accelerator, parts, trained)
-    paths = draw(final=True) if args.validation_prompt else []
+    paths = check(final=True)
     if accelerator.is_main_process:
         write_card(args, repository, paths)
         if args.push_to_hub:
@@ -1396,19 +1628,21 @@ def main(args):
     targets = choose_targets(args, parts)
     checkpoint, manifest = find_checkpoint(args, accelerator)
     repository = open_repository(args, accelerator)
-    dataset = read_dataset(args, parts, accelerator)
+    dataset, held_out = read_dataset(args, parts, accelerator), read_held_out(args)
 
     # Frozen text encoders speak once and leave, then the VAE, the transformer last: the memory is that of the largest.
     embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
-    embed.fill(parts, [*dataset.prompts["instance"], *dataset.prompts["class"], args.validation_prompt or "", ""])
+    embed.fill(
+        parts, [*dataset.all_prompts(), *(held_out.all_prompts() if held_out else []), args.validation_prompt or ""]
+    )
     vae = load_frozen(args, parts, "vae", accelerator.device, torch.float32)
-    if args.cache_latents:
-        cache_moments(dataset, vae.to(accelerator.device), accelerator)
-        vae.to("cpu")
+    for images in [dataset] * args.cache_latents + [held_out] * bool(held_out):
+        cache_moments(images, vae, accelerator)
+    vae.to("cpu" if args.cache_latents else accelerator.device)
     trained = load_trained(args, parts, accelerator, targets)
 
     optimizer = make_optimizer(args, accelerator, trained)
-    sampler = EpochSampler(len(dataset), args.train_batch_size, accelerator.num_processes, args.seed)
+    sampler = EpochSampler(dataset, args.train_batch_size, accelerator.num_processes, args.seed)
     loader = make_loader(args, accelerator, dataset, sampler)
     updates = math.ceil(len(loader) / args.gradient_accumulation_steps)  # an epoch
     total = args.max_train_steps or args.num_train_epochs * updates
@@ -1420,7 +1654,7 @@ def main(args):
 
     scheduler = load_part(args, parts, "scheduler")
     levels = scheduler.timesteps.to(accelerator.device), scheduler.sigmas.to(accelerator.device)
-    draw = functools.partial(validate, args, accelerator, trained, vae, scheduler, embed)
+    check = functools.partial(validate, args, accelerator, trained, vae, scheduler, embed, held_out, levels)
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
     caught, seen, skipped, sound = catch_signals(), [], [], True
     bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
@@ -1454,10 +1688,10 @@ def main(args):
                 stop_cleanly(args, accelerator, step, stop)
             if step >= total:
                 break
-        if args.validation_prompt and epoch % args.validation_epochs == 0:
-            draw(step)
+        if epoch % args.validation_epochs == 0:
+            check(step)
     bar.close()
-    finish(args, accelerator, parts, trained, functools.partial(draw, step), repository)
+    finish(args, accelerator, parts, trained, functools.partial(check, step), repository)
 
 
 if __name__ == "__main__":
