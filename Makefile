@@ -1,0 +1,29 @@
+# make demo, make test, make check and make format work on a fresh machine: each makes the environment it needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CODE := train_dreambooth_sd3.py train_dreambooth_lora_sd3.py tests demo
+
+.PHONY: demo test check format
+
+demo: .venv/ready
+	$(BIN)/python demo/run.py
+
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+
+format: .venv/ready
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+.venv/ready: requirements_sd3.txt requirements_dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.11 to 3.14, or name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 15) or sys.exit(f"Python 3.11 to 3.14 is needed, $(PYTHON) is {v[0]}.{v[1]}: name another with make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements_sd3.txt -r requirements_dev.txt
+	$(BIN)/python -m pip check
+	@touch $@
