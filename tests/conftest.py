@@ -1,0 +1,189 @@
+"""What the tests share: tiny checkpoints, pictures, the two scripts as modules, and two ways to run them."""
+
+import contextlib
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# The libraries read these when they are imported. A home of its own keeps out the accelerate configuration, the tokens
+# and the caches of whoever runs the tests.
+HOME = tempfile.TemporaryDirectory(prefix="sd3-tests-", ignore_cleanup_errors=True)
+os.environ.update(
+    HF_HOME=HOME.name,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    TOKENIZERS_PARALLELISM="false",
+    CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for variable in ("HF_TOKEN", "HF_ENDPOINT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    os.environ.pop(variable, None)
+
+import numpy as np
+import pytest
+import tiny_sd3
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+torch.set_num_threads(1)
+
+
+def load_script(kind):
+    """A script as a module, under its own name so that loader processes can unpickle what it defines."""
+    path = SCRIPTS[kind]
+    if path.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[path.stem])
+    return sys.modules[path.stem]
+
+
+@contextlib.contextmanager
+def isolated():
+    """Puts back what a run changes in the process: accelerate's singletons, random states, threads, signals, TF32."""
+    numbers, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        random.setstate(numbers)
+        np.random.set_state(arrays)
+        torch.set_rng_state(tensors)
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def full():
+    return load_script("full")
+
+
+@pytest.fixture(scope="session")
+def lora():
+    return load_script("lora")
+
+
+@pytest.fixture(params=list(SCRIPTS))
+def kind(request):
+    """ "full" and "lora", one after the other."""
+    return request.param
+
+
+@pytest.fixture
+def script(kind):
+    """Both scripts, one after the other."""
+    return load_script(kind)
+
+
+@pytest.fixture
+def script_path(kind):
+    """The file of `script`."""
+    return SCRIPTS[kind]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Builds a tiny checkpoint, see tiny_sd3.build for the options; each kind once a session. Do not write to it."""
+    built = {}
+
+    def checkpoints(preset="tiny", **options):
+        key = (preset, *sorted(options.items()))
+        if key not in built:
+            built[key] = tiny_sd3.build(tmp_path_factory.mktemp("sd3"), preset, **options)
+        return built[key]
+
+    return checkpoints
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Gives a folder of `count` pictures, see tiny_sd3.images for the options; each once a session."""
+    made = {}
+
+    def pictures(count=2, **options):
+        key = (count, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("pictures")
+            tiny_sd3.images(made[key], count, **options)
+        return made[key]
+
+    return pictures
+
+
+@pytest.fixture
+def argv(checkpoints, pictures, tmp_path):
+    """Gives the arguments of a short run, with changes: None and False leave a flag out, True is a bare flag."""
+
+    def argv(**changes):
+        flags = {
+            "instance_prompt": "a photo of sks dog",
+            "resolution": 32,
+            "train_batch_size": 1,
+            "max_train_steps": 2,
+            "lr_warmup_steps": 0,
+            "seed": 0,
+            "report_to": "none",
+            "output_dir": tmp_path / "out",
+        } | changes
+        if "pretrained_model_name_or_path" not in flags:
+            flags["pretrained_model_name_or_path"] = checkpoints()
+        if "dataset_name" not in flags:
+            flags.setdefault("instance_data_dir", pictures())
+        words = []
+        for name, value in flags.items():
+            if value is True:
+                words.append(f"--{name}")
+            elif value is not None and value is not False:
+                words += [f"--{name}", str(value)]
+        return words
+
+    return argv
+
+
+@pytest.fixture
+def run(argv):
+    """Runs a script's main in this process and returns its output_dir; for the flags see `argv`."""
+
+    def run(script, **flags):
+        with isolated():
+            args = script.parse_args(argv(**flags))
+            script.main(args)
+        return Path(args.output_dir)
+
+    return run
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs the command line and returns the finished process: returncode, stdout, stderr.
+
+    accelerate starts one process on a CPU whatever it is asked for, so two are started by torchrun.
+    """
+
+    def launch(path, argv, processes=1, env=None, timeout=300):
+        accelerate = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+        accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, "-m", *(accelerate if processes == 1 else torchrun), str(path), *map(str, argv)]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", **(env or {})}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return launch
