@@ -79,6 +79,7 @@ def add_input_flags(parser):
     add("--revision", help="Hub revision of every part that is loaded.")
     add("--variant", help="Variant of the base model's weight files, such as fp16.")
     add("--cache_dir", help="Where downloaded models and datasets are kept.")
+    add("--no_t5", action="store_true", help="Leave out T5, the largest text encoder: less memory, weaker text.")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="Hub id or folder of an image dataset, read by the datasets library.")
@@ -134,6 +135,7 @@ def add_training_flags(parser):
     add("--max_train_steps", type=int, help="Updates of the optimizer in all.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Batches an update.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations in the backward pass.")
+    add("--offload", action="store_true", help="Keep the VAE on the CPU between its uses.")
     add("--max_grad_norm", type=float, default=1.0, help="Clip the gradient to this norm over all; inf does not.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Unset: as accelerate was configured.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later.")
@@ -660,9 +662,9 @@ def read_dataset(args, parts, accelerator):
 
 
 def read_held_out(args):
-    """The images of --validation_data_dir with their prompts, cropped in the middle; None without the flag."""
+    """The images of --validation_data_dir with their prompts, cropped in the middle; none without the flag."""
     if not args.validation_data_dir:
-        return None
+        return DreamBoothDataset(args, [], [], [])
     flag, folder = "--validation_data_dir", args.validation_data_dir
     images = read_folder(flag, folder)
     captions = read_captions(folder, images, args.caption_column)
@@ -692,7 +694,8 @@ def read_pipeline(args):
             f" diffusers layout, or a Hub id; for a gated one accept its licence at https://huggingface.co/{model} and"
             f" run `hf auth login` ({error})"
         )
-    parts = {name: tuple(entry) for name, entry in index.items() if isinstance(entry, list) and entry[0]}
+    left_out = {"text_encoder_3", "tokenizer_3"} if args.no_t5 else set()
+    parts = {name: tuple(e) for name, e in index.items() if isinstance(e, list) and e[0] and name not in left_out}
     needed = {"transformer", "vae", "scheduler", *TEXT_ENCODERS[:2], "tokenizer", "tokenizer_2"}
     absent = [n for n in {*needed, *parts} if n not in parts or Path(model).is_dir() and not Path(model, n).is_dir()]
     if absent:
@@ -904,8 +907,10 @@ class PromptTable:
 
 def encode_moments(vae, pixels):
     """The VAE's posterior of pixels (B, 3, H, W): mean and deviation stacked along the channels, (B, 2C, h, w)."""
+    rest = vae.device
     with torch.no_grad():
-        posterior = vae.encode(pixels).latent_dist
+        posterior = vae.to(pixels.device).encode(pixels).latent_dist
+    vae.to(rest)
     return torch.cat([posterior.mean, posterior.std], dim=1)
 
 
@@ -923,6 +928,13 @@ def cache_moments(dataset, vae, accelerator):
     if accelerator.num_processes > 1:
         moments = dict(gather_object(list(moments.items())))
     dataset.moments = moments
+
+
+def resting_device(args, accelerator):
+    """Where the VAE is between its uses: on the device, waiting on the CPU, or nowhere once nothing needs it."""
+    if not args.cache_latents and not args.offload:
+        return accelerator.device
+    return "meta" if args.cache_latents and not args.validation_prompt else "cpu"
 
 
 def draw_latents(args, vae_config, moments, seeds):
@@ -954,11 +966,16 @@ def draw_density(args, count, generator):
     )
 
 
+def noise_levels(scheduler, device):
+    """The scheduler's tables of timesteps and sigmas, (1000,) each, from noisy to clean."""
+    return scheduler.timesteps.to(device), scheduler.sigmas.to(device)
+
+
 def flow_losses(args, transformer, levels, latents, noise, u, embeds, pooled):
     """Rectified-flow loss of each image, (B,) in float32 (SD3 paper, section 2 and 3.1).
 
-    latents, noise (B, C, h, w) in float32; u (B,) in [0, 1]; `levels` are the scheduler's own tables of timesteps and
-    sigmas, (1000,) each, from noisy to clean; embeds (B, S, D); pooled (B, P).
+    latents, noise (B, C, h, w) in float32; u (B,) in [0, 1]; `levels` as `noise_levels` gives them; embeds (B, S, D);
+    pooled (B, P).
     """
     timesteps, sigmas = levels
     index = (u * len(timesteps)).long().clamp(0, len(timesteps) - 1)  # the mode density reaches u = 1
@@ -1300,9 +1317,10 @@ def save_image(image, path):
     partial.replace(path)
 
 
-def measure_held_out(args, accelerator, transformer, vae_config, levels, embed, held_out):
+def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embed, held_out):
     """Mean loss of the held-out images at eight noise levels each, whose noise is the same at every call and run."""
     mine = range(accelerator.process_index, len(held_out), accelerator.num_processes)
+    levels = noise_levels(scheduler, accelerator.device)
     total = torch.zeros(2, device=accelerator.device)  # sum and count
     for index in mine:
         data = held_out[0, index, 1.0][0]
@@ -1316,7 +1334,7 @@ def measure_held_out(args, accelerator, transformer, vae_config, levels, embed, 
     return (total[0] / total[1]).item()
 
 
-def validate(args, accelerator, trained, vae, scheduler, embed, held_out, levels, step, final=False):
+def validate(args, accelerator, trained, vae, scheduler, embed, held_out, step, final=False):
     """Logs the held-out loss, and draws --num_validation_images, as far as the flags ask for them.
 
     Image i is drawn from seed + i, kept as a file and sent to the trackers. Returns the paths on the main process.
@@ -1324,7 +1342,7 @@ def validate(args, accelerator, trained, vae, scheduler, embed, held_out, levels
     if held_out:
         transformer = accelerator.unwrap_model(trained["transformer"], keep_torch_compile=False)
         with evaluation(trained.values()), accelerator.autocast():
-            loss = measure_held_out(args, accelerator, transformer, vae.config, levels, embed, held_out)
+            loss = measure_held_out(args, accelerator, transformer, vae.config, scheduler, embed, held_out)
         accelerator.log({"validation_loss": loss}, step=step)
     return draw_validation(args, accelerator, trained, vae, scheduler, embed, step, final)
 
@@ -1335,6 +1353,7 @@ def draw_validation(args, accelerator, trained, vae, scheduler, embed, step, fin
         return []
     transformer = accelerator.unwrap_model(trained["transformer"], keep_torch_compile=False)
     numbers = range(args.num_validation_images)[accelerator.process_index :: accelerator.num_processes]
+    rest = vae.device
     vae.to(accelerator.device)
     images = []
     with evaluation(trained.values()), accelerator.autocast():
@@ -1342,8 +1361,7 @@ def draw_validation(args, accelerator, trained, vae, scheduler, embed, step, fin
         for number in numbers:
             seed = [args.seed + number]
             images += [(number, draw_images(args, transformer, vae, scheduler, prompt, empty, seed)[0])]
-    if args.cache_latents:
-        vae.to("cpu")
+    vae.to(rest)
     free_memory()
     images = gather_object(images) if accelerator.num_processes > 1 else images
     if not accelerator.is_main_process:
@@ -1632,13 +1650,12 @@ def main(args):
 
     # Frozen text encoders speak once and leave, then the VAE, the transformer last: the memory is that of the largest.
     embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
-    embed.fill(
-        parts, [*dataset.all_prompts(), *(held_out.all_prompts() if held_out else []), args.validation_prompt or ""]
-    )
+    embed.fill(parts, dataset.all_prompts() | held_out.all_prompts() | {args.validation_prompt or ""})
     vae = load_frozen(args, parts, "vae", accelerator.device, torch.float32)
-    for images in [dataset] * args.cache_latents + [held_out] * bool(held_out):
-        cache_moments(images, vae, accelerator)
-    vae.to("cpu" if args.cache_latents else accelerator.device)
+    if args.cache_latents:
+        cache_moments(dataset, vae, accelerator)
+    cache_moments(held_out, vae, accelerator)
+    vae.to(resting_device(args, accelerator))
     trained = load_trained(args, parts, accelerator, targets)
 
     optimizer = make_optimizer(args, accelerator, trained)
@@ -1653,8 +1670,8 @@ def main(args):
     start_trackers(args, accelerator)
 
     scheduler = load_part(args, parts, "scheduler")
-    levels = scheduler.timesteps.to(accelerator.device), scheduler.sigmas.to(accelerator.device)
-    check = functools.partial(validate, args, accelerator, trained, vae, scheduler, embed, held_out, levels)
+    levels = noise_levels(scheduler, accelerator.device)
+    check = functools.partial(validate, args, accelerator, trained, vae, scheduler, embed, held_out)
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
     caught, seen, skipped, sound = catch_signals(), [], [], True
     bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
