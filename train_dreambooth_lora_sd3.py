@@ -21,6 +21,7 @@ The twin, train_dreambooth_sd3.py, trains the whole transformer; `diff` of the t
 import argparse
 import contextlib
 import csv
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -121,8 +122,11 @@ def add_input_flags(parser):
 def add_method_flags(parser):
     add = parser.add_argument_group("lora").add_argument
     add("--rank", type=int, default=4, help="Rank of the adapters.")
+    add("--lora_alpha", type=float, help="Adapters are scaled by alpha / rank; unset: the rank.")
     add("--lora_dropout", type=float, default=0.0, help="Dropout on the adapters' input.")
-    add("--lora_layers", metavar="NAMES", help="Comma-separated layers that get adapters; unset: all joint attention.")
+    add("--use_rslora", action="store_true", help="Scale by alpha / sqrt(rank): rank-stabilised LoRA.")
+    add("--use_dora", action="store_true", help="Train the magnitude of each weight row too: DoRA.")
+    add("--lora_layers", metavar="NAMES", help="Such as attn.to_q,attn2.*,ff.* or all-linear; unset: joint attention.")
     add("--lora_blocks", metavar="NUMBERS", help="Comma-separated blocks that get adapters; unset: all.")
     add("--upcast_before_saving", action="store_true", help="Save the final adapters in float32.")
 
@@ -208,7 +212,8 @@ def build_parser():
 
 def check_numbers(args):
     """Refuses numbers outside their range."""
-    positive = """repeats num_class_images sample_batch_size rank train_batch_size num_train_epochs max_train_steps
+    positive = """repeats num_class_images sample_batch_size rank lora_alpha train_batch_size num_train_epochs
+        max_train_steps
         gradient_accumulation_steps max_grad_norm lr_num_cycles adam_epsilon num_validation_images validation_epochs
         checkpointing_steps checkpoints_total_limit logit_std"""
     not_negative = """dataloader_num_workers prior_loss_weight learning_rate text_encoder_lr lr_warmup_steps lr_power
@@ -315,6 +320,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 log = get_logger(__name__)
+VERSION = "1.0.0"
 PROJECT = "dreambooth-sd3-lora"  # the trackers' name for it
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -739,20 +745,26 @@ def name_linear_layers(args):
 
 
 def choose_targets(args, parts):
-    """Layers that get an adapter, by model. Names and blocks that the transformer lacks are refused."""
+    """Layers that get an adapter, by model. A name or a block that none of them has is refused."""
     linear, count = name_linear_layers(args)
-    layers = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else LORA_LAYERS
-    blocks = [number.strip() for number in args.lora_blocks.split(",")] if args.lora_blocks else range(count)
-    for layer in layers:
-        if not any(name.endswith(f".{layer}") for name in linear):
-            known = sorted({name.split(".", 2)[2] for name in linear if name.startswith("transformer_blocks.")})
-            refuse(f"--lora_layers: no layer is named {layer!r}; the blocks have {', '.join(known)}")
-    for number in blocks:
-        if str(number) not in map(str, range(count)):
+    numbers = [number.strip() for number in args.lora_blocks.split(",")] if args.lora_blocks else []
+    for number in numbers:
+        if number not in map(str, range(count)):
             refuse(f"--lora_blocks: {number!r} is no block; the transformer has blocks 0 to {count - 1}")
-    inside = tuple(f"transformer_blocks.{number}." for number in blocks) if args.lora_blocks else ""
-    targets = [name for name in linear if name.endswith(tuple(f".{layer}" for layer in layers))]
-    targets = {"transformer": [name for name in targets if name.startswith(inside)]}
+    blocks = tuple(f"transformer_blocks.{number}." for number in numbers)
+    inside = [name for name in linear if name.startswith(blocks or "")]
+    chosen = set()
+    for layer in [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else LORA_LAYERS:
+        pattern = "transformer_blocks.*" if layer == "all-linear" else f"*.{layer}"
+        found = fnmatch.filter(inside, pattern)
+        if args.lora_layers and not found:
+            known = sorted({name.split(".", 2)[2] for name in inside if name.startswith("transformer_blocks.")})
+            refuse(f"--lora_layers: no layer is named {layer!r}; there are {', '.join(known)}, and all-linear")
+        chosen.update(found)
+    for block in blocks:
+        if not any(name.startswith(block) for name in chosen):
+            refuse(f"--lora_blocks: block {block.split('.')[1]} has none of --lora_layers {args.lora_layers}")
+    targets = {"transformer": [name for name in linear if name in chosen]}
     if args.train_text_encoder:
         targets |= dict.fromkeys(TRAINED_ENCODERS, ["q_proj", "k_proj", "v_proj", "out_proj"])
     return targets
@@ -768,8 +780,10 @@ def load_trained(args, parts, accelerator, targets):
         model = load_frozen(args, parts, name, accelerator.device, frozen_dtype(accelerator))
         config = LoraConfig(
             r=args.rank,
-            lora_alpha=args.rank,
+            lora_alpha=args.lora_alpha or args.rank,
             lora_dropout=args.lora_dropout,
+            use_rslora=args.use_rslora,
+            use_dora=args.use_dora,
             init_lora_weights="gaussian",
             target_modules=layers,
         )
@@ -778,7 +792,30 @@ def load_trained(args, parts, accelerator, targets):
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing() if name == "transformer" else model.activation_checkpointing_enable()
         trained[name] = model.train()
+    log.info(f"adapters:\n{describe_adapters(trained)}")
     return trained
+
+
+def describe_adapters(trained):
+    """A table of what has adapters: kind of layer, its blocks, parameters."""
+    kinds = {}
+    for model_name, model in trained.items():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                layer = name.split(".lora_")[0]
+                block = re.search(r"\.(\d+)\.", layer)
+                kind = f"{model_name} {layer[block.end() :] if block else layer}"
+                blocks, count = kinds.get(kind, ({}, 0))
+                kinds[kind] = blocks | ({int(block[1]): None} if block else {}), count + parameter.numel()
+    rows = [("layer", "blocks", "parameters")]
+    for kind, (blocks, count) in kinds.items():
+        first = [n for n in blocks if n - 1 not in blocks]
+        last = [n for n in blocks if n + 1 not in blocks]
+        spans = [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(sorted(first), sorted(last), strict=True)]
+        rows.append((kind, ",".join(spans), f"{count:,}"))
+    rows.append(("all", "", f"{sum(count for _, count in kinds.values()):,}"))
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(f"  {a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows)
 
 
 def trained_parameters(model):
@@ -1051,9 +1088,10 @@ def make_optimizer(args, accelerator, trained):
 
 MANIFEST = "dreambooth.json"  # written last: what the checkpoint holds and which flags it was trained with
 WEIGHTS = "pytorch_lora_weights.safetensors"
+COMFYUI_WEIGHTS = "comfyui_lora.safetensors"
 MUST_MATCH = (
-    "pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam rank lora_layers"
-    " lora_blocks processes"
+    "pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam rank lora_alpha"
+    " use_rslora use_dora lora_layers lora_blocks processes"
 ).split()
 MAY_DIFFER = (
     "output_dir logging_dir cache_dir report_to hub_model_id push_to_hub local_rank resume_from_checkpoint"
@@ -1062,16 +1100,38 @@ MAY_DIFFER = (
 ).split()
 
 
-def save_weights(accelerator, trained, folder, dtype=torch.float32):
-    """Writes the adapters as a file that StableDiffusion3Pipeline.load_lora_weights reads."""
+def save_weights(accelerator, trained, folder, dtype=torch.float32, header=None):
+    """Writes the adapters as a file that StableDiffusion3Pipeline.load_lora_weights reads.
+
+    Its header has what LoraConfig needs to rebuild them, in fields that any version of PEFT knows, and `header`.
+    """
     from peft import get_peft_model_state_dict
 
-    layers = {}
+    layers, fields = {}, {}
     for name, model in trained.items():
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
         layers[f"{name}_lora_layers"] = {key: value.to(dtype) for key, value in state.items()}
-    StableDiffusion3Pipeline.save_lora_weights(folder, **layers)
+        config = model.peft_config["default"]
+        fields |= {f"{name}.r": config.r, f"{name}.lora_alpha": config.lora_alpha}
+        fields |= {f"{name}.{field}": True for field in ("use_dora", "use_rslora") if getattr(config, field)}
+        fields[f"{name}.target_modules"] = sorted(config.target_modules)
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(fields), **(header or {})}
+    save = functools.partial(write_safetensors, header=header)
+    StableDiffusion3Pipeline.save_lora_weights(folder, **layers, save_function=save)
+
+
+def write_safetensors(weights, path, header):
+    """Writes a safetensors file whose bytes depend on its contents alone: the library shuffles its header."""
+    from safetensors.torch import save
+
+    data = save(weights, header)
+    length = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + length])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 def load_weights(accelerator, trained, folder):
@@ -1397,13 +1457,63 @@ def log_images(args, accelerator, name, images, step):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_result(args, accelerator, parts, trained):
+def save_result(args, accelerator, parts, trained, step):
     """Writes what was trained to output_dir, in the precision of training unless --upcast_before_saving."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         dtype = torch.float32 if args.upcast_before_saving else frozen_dtype(accelerator)
-        save_weights(accelerator, trained, args.output_dir, dtype)
+        save_weights(accelerator, trained, args.output_dir, dtype, describe_file(args, step))
+        save_for_comfyui(accelerator, trained, args.output_dir, dtype)
     accelerator.wait_for_everyone()
+
+
+def describe_file(args, step):
+    """Entries for the header of the adapters' file: those of the ModelSpec standard that interfaces show.
+
+    For what it has no name for, those of kohya's sd-scripts, which the same interfaces read.
+    """
+    family, base = name_base_model(args)[0], str(args.pretrained_model_name_or_path)
+    script = f"train_dreambooth_lora_sd3.py {VERSION}"
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{family.lower().replace(' ', '-')}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": Path(args.output_dir).resolve().name,
+        "modelspec.description": f"LoRA of {base}, {step} updates by {script}",
+        "modelspec.resolution": f"{args.resolution}x{args.resolution}",
+        "modelspec.trigger_phrase": args.instance_prompt or "",
+        "ss_sd_model_name": base,
+        "ss_steps": str(step),
+        "ss_training_script": script,
+    }
+
+
+def save_for_comfyui(accelerator, trained, folder, dtype):
+    """Writes the adapters again for ComfyUI where it would apply pytorch_lora_weights.safetensors wrongly.
+
+    ComfyUI reads the same names, but takes the scale from a tensor `alpha` beside each pair, 1 without it, and DoRA's
+    magnitude as a factor of the base weight's norm, where PEFT's is of the adapted weight's. diffusers refuses such
+    tensors, hence two files.
+    """
+    path, weights = Path(folder, COMFYUI_WEIGHTS), {}
+    path.unlink(missing_ok=True)
+    for name, model in trained.items():
+        for layer_name, layer in accelerator.unwrap_model(model, keep_torch_compile=False).named_modules():
+            if not hasattr(layer, "lora_A"):
+                continue
+            down, up, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+            key = f"{name}.{layer_name}"
+            weights |= {f"{key}.lora_A.weight": down.to(dtype), f"{key}.lora_B.weight": up.to(dtype)}
+            weights[f"{key}.alpha"] = torch.tensor(scale * len(down), dtype=torch.float64)
+            if layer.use_dora["default"]:
+                base = layer.get_base_layer().weight.float()
+                norms = [weight.norm(dim=1) for weight in (base, base + scale * (up @ down))]
+                magnitude = layer.lora_magnitude_vector["default"].weight
+                weights[f"{key}.dora_scale"] = (magnitude * norms[0] / norms[1])[:, None]
+    config = model.peft_config["default"]
+    if config.use_dora or scale != 1:
+        weights = {key: weight.detach().cpu().contiguous() for key, weight in weights.items()}
+        write_safetensors(weights, path, {"format": "pt"})
 
 
 def describe_method(args, repository):
@@ -1627,10 +1737,10 @@ def stop_cleanly(args, accelerator, step, number):
     sys.exit(128 + number)
 
 
-def finish(args, accelerator, parts, trained, check, repository):
+def finish(args, accelerator, parts, trained, step, check, repository):
     """Weights first, then the final images, the card and the upload."""
-    save_result(args, accelerator, parts, trained)
-    paths = check(final=True)
+    save_result(args, accelerator, parts, trained, step)
+    paths = check(step, final=True)
     if accelerator.is_main_process:
         write_card(args, repository, paths)
         if args.push_to_hub:
@@ -1708,7 +1818,7 @@ def main(args):
         if epoch % args.validation_epochs == 0:
             check(step)
     bar.close()
-    finish(args, accelerator, parts, trained, functools.partial(check, step), repository)
+    finish(args, accelerator, parts, trained, step, check, repository)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,8 @@ def build_parser():
 
 def check_numbers(args):
     """Refuses numbers outside their range."""
-    positive = """repeats num_class_images sample_batch_size rank train_batch_size num_train_epochs max_train_steps
+    positive = """repeats num_class_images sample_batch_size rank lora_alpha train_batch_size num_train_epochs
+        max_train_steps
         gradient_accumulation_steps max_grad_norm lr_num_cycles adam_epsilon num_validation_images validation_epochs
         checkpointing_steps checkpoints_total_limit logit_std"""
     not_negative = """dataloader_num_workers prior_loss_weight learning_rate text_encoder_lr lr_warmup_steps lr_power
@@ -303,6 +304,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 log = get_logger(__name__)
+VERSION = "1.0.0"
 PROJECT = "dreambooth-sd3"  # the trackers' name for it
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1005,8 +1007,8 @@ def make_optimizer(args, accelerator, trained):
 
 MANIFEST = "dreambooth.json"  # written last: what the checkpoint holds and which flags it was trained with
 MUST_MATCH = (
-    "pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam rank lora_layers"
-    " lora_blocks processes"
+    "pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam rank lora_alpha"
+    " use_rslora use_dora lora_layers lora_blocks processes"
 ).split()
 MAY_DIFFER = (
     "output_dir logging_dir cache_dir report_to hub_model_id push_to_hub local_rank resume_from_checkpoint"
@@ -1336,7 +1338,7 @@ def log_images(args, accelerator, name, images, step):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_result(args, accelerator, parts, trained):
+def save_result(args, accelerator, parts, trained, step):
     """Writes the whole pipeline to output_dir: what was trained in float32, the base model's other parts as stored."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -1572,10 +1574,10 @@ def stop_cleanly(args, accelerator, step, number):
     sys.exit(128 + number)
 
 
-def finish(args, accelerator, parts, trained, check, repository):
+def finish(args, accelerator, parts, trained, step, check, repository):
     """Weights first, then the final images, the card and the upload."""
-    save_result(args, accelerator, parts, trained)
-    paths = check(final=True)
+    save_result(args, accelerator, parts, trained, step)
+    paths = check(step, final=True)
     if accelerator.is_main_process:
         write_card(args, repository, paths)
         if args.push_to_hub:
@@ -1653,7 +1655,7 @@ def main(args):
         if epoch % args.validation_epochs == 0:
             check(step)
     bar.close()
-    finish(args, accelerator, parts, trained, functools.partial(check, step), repository)
+    finish(args, accelerator, parts, trained, step, check, repository)
 
 
 if __name__ == "__main__":

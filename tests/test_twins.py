@@ -24,7 +24,17 @@ DIFFERENCES = (
     "describe_method",  # the model card's words
 )
 # In one of them alone.
-ALONE = ("LORA_LAYERS", "WEIGHTS", "add_method_flags", "name_linear_layers")
+ALONE = (
+    "LORA_LAYERS",
+    "WEIGHTS",
+    "COMFYUI_WEIGHTS",
+    "add_method_flags",
+    "name_linear_layers",
+    "describe_adapters",
+    "write_safetensors",
+    "describe_file",  # the header of the adapters' file
+    "save_for_comfyui",
+)
 
 
 def definitions(source):
