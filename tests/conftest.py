@@ -13,6 +13,7 @@ from pathlib import Path
 # The libraries read these when they are imported. A home of its own keeps out the accelerate configuration, the tokens
 # and the caches of whoever runs the tests.
 HOME = tempfile.TemporaryDirectory(prefix="sd3-tests-", ignore_cleanup_errors=True)
+# A GPU is left out unless it is asked for by CUDA_VISIBLE_DEVICES, so that a result does not depend on the machine.
 os.environ.update(
     HF_HOME=HOME.name,
     HF_HUB_OFFLINE="1",
@@ -51,7 +52,8 @@ def load_script(kind):
 
 @contextlib.contextmanager
 def isolated():
-    """Puts back what a run changes in the process: accelerate's singletons, random states, threads, signals, TF32."""
+    """Puts back what a run changes in the process: accelerate's singletons, random states, threads, signals, ..."""
+    environment = os.environ.copy()
     numbers, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
     threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -60,6 +62,8 @@ def isolated():
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        os.environ.clear()
+        os.environ.update(environment)
         random.setstate(numbers)
         np.random.set_state(arrays)
         torch.set_rng_state(tensors)
@@ -81,19 +85,19 @@ def lora():
 
 @pytest.fixture(params=list(SCRIPTS))
 def kind(request):
-    """ "full" and "lora", one after the other."""
+    """The name of a script, as in SCRIPTS: each in turn."""
     return request.param
 
 
 @pytest.fixture
 def script(kind):
-    """Both scripts, one after the other."""
+    """The script of that name as a module."""
     return load_script(kind)
 
 
 @pytest.fixture
 def script_path(kind):
-    """The file of `script`."""
+    """The script of that name as a file."""
     return SCRIPTS[kind]
 
 

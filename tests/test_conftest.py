@@ -1,0 +1,84 @@
+"""The two ways to run a script: in this process without a trace, and as a command line on one or two processes."""
+
+import os
+import random
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+PROBE = """
+import os, sys
+from accelerate import Accelerator
+state = Accelerator()
+print("process", state.process_index, "of", state.num_processes, *sys.argv[1:], os.environ.get("EXTRA"), flush=True)
+sys.exit("--fail" in sys.argv)
+"""
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def state_of_the_process():
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    return handlers, torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32, dict(os.environ)
+
+
+def test_a_run_leaves_no_trace(script, run):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    state, expected = state_of_the_process(), draws()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    output = run(script, max_train_steps=1, mixed_precision="bf16", allow_tf32=True)
+    assert output.is_dir()
+    assert draws() == expected
+    assert state_of_the_process() == state
+    singletons = AcceleratorState._shared_state, GradientState._shared_state, PartialState._shared_state
+    assert not any(singletons)
+
+
+def test_a_failed_run_leaves_no_trace_either(run, argv):
+    def fail(args):
+        os.environ["LEFT_BEHIND"] = "1"
+        PartialState()
+        raise RuntimeError(args)
+
+    with pytest.raises(RuntimeError):
+        run(SimpleNamespace(parse_args=list, main=fail))
+    assert not PartialState._shared_state
+    assert "LEFT_BEHIND" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("changes", "present", "absent"),
+    [
+        ({}, ["--resolution", "32"], "--center_crop"),
+        ({"resolution": 64, "center_crop": True}, ["--resolution", "64", "--center_crop"], "--dataset_name"),
+        ({"seed": None, "center_crop": False}, [], "--seed"),
+        ({"dataset_name": "some/set"}, ["--dataset_name", "some/set"], "--instance_data_dir"),
+        ({"instance_data_dir": None}, [], "--instance_data_dir"),
+    ],
+)
+def test_argv(argv, changes, present, absent):
+    words = argv(**changes)
+    assert set(present) <= set(words)
+    assert absent not in words
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_launch(launch, tmp_path, processes):
+    path = tmp_path / "probe.py"
+    path.write_text(PROBE)
+    done = launch(path, ["--word"], processes, env={"EXTRA": "extra"})
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
+    assert lines == [f"process {index} of {processes} --word extra" for index in range(processes)]
+
+
+def test_launch_fails_where_the_script_does(launch, tmp_path):
+    path = tmp_path / "probe.py"
+    path.write_text(PROBE)
+    assert launch(path, ["--fail"]).returncode != 0
