@@ -140,6 +140,13 @@ def add_training_flags(parser):
     add("--gradient_accumulation_steps", type=int, default=1, help="Batches an update.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations in the backward pass.")
     add("--offload", action="store_true", help="Keep the VAE on the CPU between its uses.")
+    add("--use_ema", action="store_true", help="Average the weights over the updates; validate and save the average.")
+    add(
+        "--ema_decay",
+        type=float,
+        default=0.9999,
+        help="Decay of that average, at most (1 + n) / (10 + n) at update n.",
+    )
     add("--max_grad_norm", type=float, default=1.0, help="Clip the gradient to this norm over all; inf does not.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Unset: as accelerate was configured.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later.")
@@ -230,7 +237,7 @@ def check_numbers(args):
         refuse(f"--max_sequence_length {args.max_sequence_length} is out of range: give 1 to 512")
     if args.precondition_outputs not in (0, 1):
         refuse(f"--precondition_outputs {args.precondition_outputs} is out of range: give 0 or 1")
-    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout", "caption_dropout"):
+    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout", "caption_dropout", "ema_decay"):
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < 1:
             refuse(f"--{name} {value} is out of range: give 0 or greater, below 1")
@@ -308,6 +315,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import (
+    EMAModel,
     cast_training_params,
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
@@ -1082,6 +1090,38 @@ def make_optimizer(args, accelerator, trained):
     return torch.optim.AdamW(groups, **shared, fused=accelerator.device.type in {"cpu", "cuda"})
 
 
+def follow_average(args, accelerator, parameters, optimizer):
+    """A moving average of the parameters that each step of the optimizer updates and checkpoints hold.
+
+    None without --use_ema.
+    """
+    if not args.use_ema:
+        return None
+    average = EMAModel(parameters, decay=args.ema_decay)
+
+    def update(*step):
+        average.to(accelerator.device)  # a resumed average comes back on the CPU
+        average.step(parameters)
+
+    optimizer.optimizer.register_step_post_hook(update)
+    accelerator.register_for_checkpointing(average)
+    return average
+
+
+@contextlib.contextmanager
+def averaged(average, parameters):
+    """The average in place of the parameters, for the length of a with block; nothing where there is none."""
+    if average is None:
+        yield
+        return
+    average.store(parameters)
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        average.restore(parameters)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1091,7 +1131,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 COMFYUI_WEIGHTS = "comfyui_lora.safetensors"
 MUST_MATCH = (
     "pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam rank lora_alpha"
-    " use_rslora use_dora lora_layers lora_blocks processes"
+    " use_rslora use_dora lora_layers lora_blocks use_ema ema_decay processes"
 ).split()
 MAY_DIFFER = (
     "output_dir logging_dir cache_dir report_to hub_model_id push_to_hub local_rank resume_from_checkpoint"
@@ -1478,7 +1518,7 @@ def describe_file(args, step):
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{family.lower().replace(' ', '-')}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": Path(args.output_dir).resolve().name,
+        "modelspec.title": f"LoRA: {args.instance_prompt or base}",
         "modelspec.description": f"LoRA of {base}, {step} updates by {script}",
         "modelspec.resolution": f"{args.resolution}x{args.resolution}",
         "modelspec.trigger_phrase": args.instance_prompt or "",
@@ -1628,6 +1668,8 @@ def start_accelerator(args):
         )
     except ValueError as error:
         refuse(f"--mixed_precision {args.mixed_precision}: {error}")
+    if args.use_ema and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        refuse(f"--use_ema needs the whole weights on each process, {accelerator.distributed_type.value} splits them")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
     if args.allow_tf32:
@@ -1776,13 +1818,14 @@ def main(args):
     schedule = make_schedule(args, accelerator, optimizer, total)
     *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
     embed.trained = trained = dict(zip(trained, models, strict=True))
+    parameters = [parameter for model in models for parameter in trained_parameters(model)]
+    average = follow_average(args, accelerator, parameters, optimizer)
     step = resume(args, accelerator, trained, checkpoint, manifest)
     start_trackers(args, accelerator)
 
     scheduler = load_part(args, parts, "scheduler")
     levels = noise_levels(scheduler, accelerator.device)
     check = functools.partial(validate, args, accelerator, trained, vae, scheduler, embed, held_out)
-    parameters = [parameter for model in models for parameter in trained_parameters(model)]
     caught, seen, skipped, sound = catch_signals(), [], [], True
     bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
     for epoch in range(max(step - 1, 0) // updates, math.ceil(total / updates)):
@@ -1816,9 +1859,11 @@ def main(args):
             if step >= total:
                 break
         if epoch % args.validation_epochs == 0:
-            check(step)
+            with averaged(average, parameters):
+                check(step)
     bar.close()
-    finish(args, accelerator, parts, trained, step, check, repository)
+    with averaged(average, parameters):
+        finish(args, accelerator, parts, trained, step, check, repository)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_header(train, lora):
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-3-medium/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": "out",
+        "modelspec.title": "LoRA: a photo of sks dog",
         "modelspec.description": f"LoRA of {base}, 3 updates by train_dreambooth_lora_sd3.py {lora.VERSION}",
         "modelspec.resolution": "32x32",
         "modelspec.trigger_phrase": "a photo of sks dog",
