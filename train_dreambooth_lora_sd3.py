@@ -1550,7 +1550,7 @@ def save_for_comfyui(accelerator, trained, folder, dtype):
                 norms = [weight.norm(dim=1) for weight in (base, base + scale * (up @ down))]
                 magnitude = layer.lora_magnitude_vector["default"].weight
                 weights[f"{key}.dora_scale"] = (magnitude * norms[0] / norms[1])[:, None]
-    config = model.peft_config["default"]
+    config = accelerator.unwrap_model(trained["transformer"], keep_torch_compile=False).peft_config["default"]
     if config.use_dora or scale != 1:
         weights = {key: weight.detach().cpu().contiguous() for key, weight in weights.items()}
         write_safetensors(weights, path, {"format": "pt"})
