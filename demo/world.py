@@ -18,6 +18,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 SIDE = 64
 LARGE = 4 * SIDE
 THINGS = "dog cat bird car house boat tree ball cup bucket flower fish".split()
+CREATURES = {"dog", "cat", "bird", "fish", "tree", "flower"}
 COLOURS = {
     "red": (205, 45, 40),
     "yellow": (240, 200, 50),
@@ -68,7 +69,7 @@ def shade(colour, factor):
 
 
 def background(place, draw):
-    """A place, as an RGB image of LARGE pixels: sky or wall above a horizon, ground below it, and what belongs there."""
+    """A place, as an RGB image of LARGE pixels: sky or wall, a horizon, ground below it, and what belongs there."""
     sky, ground = {
         "grass": ((150, 200, 245), (95, 170, 75)),
         "beach": ((140, 205, 250), (235, 210, 150)),
@@ -92,7 +93,7 @@ def background(place, draw):
         for _ in range(50):
             x, y = draw.randrange(LARGE), draw.randrange(horizon, LARGE)
             pen.line(
-                (x, y, x + draw.randint(-4, 4), y - 14), fill=shade((60, 130, 50), draw.uniform(0.8, 1.2)), width=4
+                (x, y, x + draw.randint(-4, 4), y - 14), fill=shade((78, 150, 62), draw.uniform(0.9, 1.15)), width=4
             )
     if place == "snow":
         for _ in range(26):
@@ -113,7 +114,7 @@ def background(place, draw):
     return image
 
 
-def animal(pen, body, ears, tail_up, scarf=None):
+def dog(pen, body, ears, tail_up, scarf=None):
     """A dog from the side, facing right, around (0, 0) with a body of about 100 by 50 pixels."""
     dark = shade(ears, 0.95)
     pen.line([(-50, -6), (-72, -40 if tail_up else 2)], body, 13)
@@ -156,11 +157,11 @@ class Pen:
         self.draw.line(self.place(points), fill=(*colour, 255), width=round(width * self.size), joint="curve")
 
 
-def draw_thing(pen, thing, colour, draw):
-    """Draws a thing of one colour with `pen`; `draw` varies its pose."""
-    light, dark = shade(colour, 1.2), shade(colour, 0.7)
+def draw_creature(pen, thing, colour, draw):
+    """Draws a dog, a cat, a bird, a fish, a tree or a flower; `draw` varies its pose."""
+    dark = shade(colour, 0.7)
     if thing == "dog":
-        animal(pen, colour, dark, draw.random() < 0.5)
+        dog(pen, colour, dark, draw.random() < 0.5)
     elif thing == "cat":
         pen.line([(-40, 30), (-66, 10), (-60, -30)], dark, 10)
         pen.ellipse((-46, -22, 34, 56), colour)
@@ -179,7 +180,29 @@ def draw_thing(pen, thing, colour, draw):
         pen.ellipse((44, -44, 54, -34), (15, 15, 15))
         pen.line([(-8, 34), (-8, 58)], (230, 150, 40), 5)
         pen.line([(10, 34), (10, 58)], (230, 150, 40), 5)
-    elif thing == "car":
+    elif thing == "fish":
+        pen.polygon([(-40, 0), (-88, -36), (-88, 36)], dark)
+        pen.ellipse((-58, -36, 76, 36), colour)
+        pen.polygon([(-8, -32), (24, -60), (32, -28)], dark)
+        pen.ellipse((42, -16, 60, 2), (250, 250, 245))
+        pen.ellipse((48, -11, 57, -2), (15, 15, 15))
+    elif thing == "tree":
+        pen.rectangle((-12, 0, 12, 58), (105, 70, 45))
+        for x, y, r in ((-30, -22, 36), (30, -22, 36), (0, -56, 42), (0, -18, 34)):
+            pen.ellipse((x - r, y - r, x + r, y + r), colour)
+    elif thing == "flower":
+        pen.line([(0, -16), (4, 58)], (60, 140, 60), 9)
+        pen.ellipse((4, 18, 44, 36), (60, 140, 60))
+        for turn in range(6):
+            x, y = 32 * math.cos(turn * math.pi / 3), 32 * math.sin(turn * math.pi / 3) - 34
+            pen.ellipse((x - 22, y - 22, x + 22, y + 22), colour)
+        pen.ellipse((-17, -51, 17, -17), (250, 205, 60))
+
+
+def draw_object(pen, thing, colour):
+    """Draws a car, a house, a boat, a ball, a cup or a bucket."""
+    light, dark = shade(colour, 1.2), shade(colour, 0.7)
+    if thing == "car":
         pen.polygon([(-52, -10), (-34, -46), (32, -46), (58, -10)], light)
         pen.polygon([(-38, -12), (-26, -38), (-2, -38), (-2, -12)], (185, 220, 240))
         pen.polygon([(6, -12), (6, -38), (26, -38), (42, -12)], (185, 220, 240))
@@ -198,10 +221,6 @@ def draw_thing(pen, thing, colour, draw):
         pen.polygon([(8, -84), (8, -8), (62, -8)], (245, 243, 235))
         pen.polygon([(-10, -74), (-10, -8), (-50, -8)], (235, 232, 222))
         pen.polygon([(-88, 6), (88, 6), (54, 48), (-58, 48)], colour)
-    elif thing == "tree":
-        pen.rectangle((-12, 0, 12, 58), (105, 70, 45))
-        for x, y, r in ((-30, -22, 36), (30, -22, 36), (0, -56, 42), (0, -18, 34)):
-            pen.ellipse((x - r, y - r, x + r, y + r), colour)
     elif thing == "ball":
         pen.ellipse((-52, -46, 52, 58), colour)
         pen.ellipse((-30, -32, -4, -8), shade(light, 1.25))
@@ -215,30 +234,25 @@ def draw_thing(pen, thing, colour, draw):
         pen.line([(-52, -34), (-40, -84), (40, -84), (52, -34)], (120, 120, 125), 6)
         pen.polygon([(-58, -34), (58, -34), (38, 56), (-38, 56)], colour)
         pen.rectangle((-62, -42, 62, -26), light)
-    elif thing == "flower":
-        pen.line([(0, -16), (4, 58)], (60, 140, 60), 9)
-        pen.ellipse((4, 18, 44, 36), (60, 140, 60))
-        for turn in range(6):
-            x, y = 32 * math.cos(turn * math.pi / 3), 32 * math.sin(turn * math.pi / 3) - 34
-            pen.ellipse((x - 22, y - 22, x + 22, y + 22), colour)
-        pen.ellipse((-17, -51, 17, -17), (250, 205, 60))
-    elif thing == "fish":
-        pen.polygon([(-40, 0), (-88, -36), (-88, 36)], dark)
-        pen.ellipse((-58, -36, 76, 36), colour)
-        pen.polygon([(-8, -32), (24, -60), (32, -28)], dark)
-        pen.ellipse((42, -16, 60, 2), (250, 250, 245))
-        pen.ellipse((48, -11, 57, -2), (15, 15, 15))
+
+
+def draw_thing(pen, thing, colour, draw):
+    """Draws a thing of one colour with `pen`."""
+    if thing in CREATURES:
+        draw_creature(pen, thing, colour, draw)
+    else:
+        draw_object(pen, thing, colour)
 
 
 def draw_subject(pen, draw):
     """The one dog: white with black patches, turquoise ears and a magenta scarf, as no dog of the world is."""
-    animal(pen, (244, 240, 232), (20, 190, 190), draw.random() < 0.5, scarf=(225, 30, 140))
+    dog(pen, (244, 240, 232), (20, 190, 190), draw.random() < 0.5, scarf=(225, 30, 140))
     pen.ellipse((-50, -24, -12, 12), (40, 40, 46))
     pen.ellipse((-6, -26, 18, -2), (40, 40, 46))
 
 
 def paint(place, draw, put):
-    """A picture of SIDE pixels: the place, and what `put(pen)` draws there, lit from above, with a shadow and grain."""
+    """A picture of SIDE pixels: the place, and what `put(pen)` draws there, lit from above and with a shadow."""
     image = background(place, draw)
     layer = Image.new("RGBA", image.size, (0, 0, 0, 0))
     size = draw.uniform(0.95, 1.2)
@@ -252,7 +266,7 @@ def paint(place, draw, put):
     red, green, blue, alpha = layer.split()
     lit = ImageChops.multiply(Image.merge("RGB", (red, green, blue)), Image.merge("RGB", [light] * 3))
     image.paste(lit, mask=alpha)
-    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image.filter(ImageFilter.GaussianBlur(3)).resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
 def picture(what, seed):
