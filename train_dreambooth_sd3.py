@@ -1264,7 +1264,10 @@ def generate_class_images(args, parts, accelerator):
     """Draws the class images that --class_data_dir still lacks with the base model, the processes sharing the work."""
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = range(len(list_images(folder)[0]), args.num_class_images)
+    present = list_images(folder)[0]
+    taken = {path.name.split("-")[0] for path in present}  # an interrupted run, or a user, may have left gaps
+    free = [number for number in range(args.num_class_images) if str(number) not in taken]
+    numbers = free[: max(args.num_class_images - len(present), 0)]
     accelerator.wait_for_everyone()  # nobody counts what another has already drawn
     if not numbers:
         return
