@@ -36,6 +36,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,8 @@ from pathlib import Path
 
 TRAINED_ENCODERS = ("text_encoder", "text_encoder_2")  # by --train_text_encoder; T5 stays frozen
 LORA_LAYERS = [f"attn.{n}" for n in "add_k_proj add_q_proj add_v_proj to_add_out to_k to_out.0 to_q to_v".split()]
+VERSION = "1.0.0"
+PROJECT = "dreambooth-sd3-lora"  # the trackers' name for it
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 OPTIMIZERS = {"adamw": "AdamW", "prodigy": "prodigy"}
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
@@ -193,6 +196,8 @@ def add_output_flags(parser):
     add("--output_dir", default="sd3-dreambooth", metavar="FOLDER", help="Where everything is written.")
     add("--logging_dir", default="logs", help="The trackers' folder inside output_dir.")
     add("--report_to", metavar="TRACKERS", default="tensorboard", help=f"Some of {','.join(TRACKERS)}; or all, none.")
+    add("--tracker_project_name", default=PROJECT, metavar="NAME", help="The trackers' project.")
+    add("--tracker_run_name", metavar="NAME", help="The run's name there; unset: the tracker chooses one.")
     add("--checkpointing_steps", type=int, default=500, help="Updates from one checkpoint to the next.")
     add("--checkpoints_total_limit", type=int, help="Keep the newest so many checkpoints; unset: all.")
     add("--resume_from_checkpoint", metavar="PATH", help="A checkpoint's path or name, or latest.")
@@ -241,6 +246,9 @@ def check_numbers(args):
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < 1:
             refuse(f"--{name} {value} is out of range: give 0 or greater, below 1")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value) and name != "max_grad_norm":
+            refuse(f"--{name} {value} is out of range: give a finite number")
     if args.seed is not None and not 0 <= args.seed < 2**32:
         refuse(f"--seed {args.seed} is out of range: give 0 to {2**32 - 1}")
 
@@ -271,6 +279,8 @@ def check_data_flags(args):
         path = Path(getattr(args, name) or "")
         if path.exists() and not path.is_dir():
             refuse(f"--{name} {str(path)!r} is a file: give a folder")
+    if os.path.normpath(args.logging_dir).startswith((".", os.sep)):
+        refuse(f"--logging_dir {args.logging_dir!r} is not inside --output_dir: give a folder's name, such as logs")
     if args.dataset_name and importlib.util.find_spec("datasets") is None:
         refuse("--dataset_name needs the datasets package: pip install datasets")
 
@@ -289,8 +299,44 @@ def check_training_flags(args):
             refuse(f"--report_to {name!r} is unknown: choose from {', '.join(TRACKERS)}, all, none")
         if name != "all" and importlib.util.find_spec(name) is None:
             refuse(f"--report_to {name} needs the {name} package: pip install {name}")
-    if args.hub_token and {"wandb", "all"} & set(trackers):
-        refuse("--hub_token would be readable in wandb: leave it out and run `hf auth login` instead")
+    readers = [name for name in trackers if name != "tensorboard"]  # most record the command line
+    if args.hub_token and readers:
+        refuse(f"--hub_token would be readable in {readers[0]}: leave it out and run `hf auth login` instead")
+
+
+# Flags that have an effect only with another one, at the values in the middle; True is any value.
+NEEDS = (
+    ("with_prior_preservation", (True,), "class_data_dir class_prompt num_class_images prior_loss_weight"),
+    ("with_prior_preservation", (True,), "sample_batch_size prior_generation_precision"),
+    ("train_text_encoder", (True,), "text_encoder_lr adam_weight_decay_text_encoder"),
+    ("optimizer", ("AdamW",), "use_8bit_adam text_encoder_lr"),
+    ("optimizer", ("prodigy",), "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"),
+    ("lr_scheduler", [name for name in LR_SCHEDULERS if name != "constant"], "lr_warmup_steps"),
+    ("lr_scheduler", ("cosine_with_restarts",), "lr_num_cycles"),
+    ("lr_scheduler", ("polynomial",), "lr_power"),
+    ("weighting_scheme", ("logit_normal",), "logit_mean logit_std"),
+    ("weighting_scheme", ("mode",), "mode_scale"),
+    ("use_ema", (True,), "ema_decay"),
+    ("dataset_name", (True,), "dataset_config_name dataset_split image_column"),
+    ("validation_prompt", (True,), "num_validation_images"),
+    ("push_to_hub", (True,), "hub_model_id hub_token"),
+    ("max_train_steps", (None,), "num_train_epochs"),
+)
+
+
+def report_idle(args):
+    """Says on stderr, a line for each flag that they lack, which of the given flags have no effect."""
+    default = build_parser().get_default
+    for needed, values, names in NEEDS:
+        value = getattr(args, needed)
+        given = [name for name in names.split() if getattr(args, name) != default(name)]
+        if needed == "lr_scheduler" and not args.lr_warmup_steps:
+            given = [name for name in given if name != "lr_warmup_steps"]  # 0 is what happens anyway
+        if value in values or True in values and value or not given or int(os.environ.get("RANK", 0)):
+            continue
+        flags, have = ", ".join(f"--{name}" for name in given), "have" if given[1:] else "has"
+        reason = f"without --{needed}" if True in values else f"with --{needed} {value}"
+        print(f"{Path(sys.argv[0]).name}: {flags} {have} no effect {reason}", file=sys.stderr)
 
 
 def parse_args(argv=None):
@@ -300,6 +346,7 @@ def parse_args(argv=None):
     check_numbers(args)
     check_data_flags(args)
     check_training_flags(args)
+    report_idle(args)
     return args
 
 
@@ -307,6 +354,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds: --he
     ARGS = parse_args()
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchvision that nothing here needs
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -324,12 +372,10 @@ from diffusers.training_utils import (
     generate_aspect_ratio_buckets,
     parse_buckets_string,
 )
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
 log = get_logger(__name__)
-VERSION = "1.0.0"
-PROJECT = "dreambooth-sd3-lora"  # the trackers' name for it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -699,22 +745,38 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 def read_pipeline(args):
     """Parts of the base pipeline, {name: (library, class)}, from its model_index.json."""
-    model = args.pretrained_model_name_or_path
+    model, local = args.pretrained_model_name_or_path, Path(args.pretrained_model_name_or_path).is_dir()
     try:
         index = StableDiffusion3Pipeline.load_config(model, cache_dir=args.cache_dir, revision=args.revision)
     except (OSError, ValueError) as error:
+        cause = str(error.__context__ or error).strip().splitlines()[0]  # diffusers says the same of all causes
+        remedy = (
+            f"give a folder in diffusers layout or the id of a Hub model that exists; for a gated one accept its"
+            f" licence at https://huggingface.co/{model} and run `hf auth login`"
+        )
         refuse(
-            f"--pretrained_model_name_or_path {model!r} has no model_index.json that can be read: give a folder in"
-            f" diffusers layout, or a Hub id; for a gated one accept its licence at https://huggingface.co/{model} and"
-            f" run `hf auth login` ({error})"
+            f"--pretrained_model_name_or_path {model!r} has no model_index.json that can be read ({cause}):"
+            f" {'give the folder of a pipeline in diffusers layout' if local else remedy}"
         )
     left_out = {"text_encoder_3", "tokenizer_3"} if args.no_t5 else set()
     parts = {name: tuple(e) for name, e in index.items() if isinstance(e, list) and e[0] and name not in left_out}
     needed = {"transformer", "vae", "scheduler", *TEXT_ENCODERS[:2], "tokenizer", "tokenizer_2"}
-    absent = [n for n in {*needed, *parts} if n not in parts or Path(model).is_dir() and not Path(model, n).is_dir()]
+    absent = [name for name in {*needed, *parts} if name not in parts or local and lacks_files(args, name)]
     if absent:
         refuse(f"--pretrained_model_name_or_path {model!r} is no whole SD3 pipeline: no {', '.join(sorted(absent))}")
+    if parts["transformer"][1] != "SD3Transformer2DModel":
+        refuse(f"--pretrained_model_name_or_path {model!r} is no SD3 pipeline: it has a {parts['transformer'][1]}")
     return parts
+
+
+def lacks_files(args, name):
+    """Whether a part of a local pipeline lacks its configuration, or its weights in the variant asked for."""
+    folder = Path(args.pretrained_model_name_or_path, name)
+    if not any(folder.glob("*config.json")):
+        return True
+    ending = f".{args.variant}" if args.variant else ""
+    weights = [folder.glob(f"*{ending}*.{suffix}") for suffix in ("safetensors", "bin")]
+    return not name.startswith(("tokenizer", "scheduler")) and not any(map(any, weights))
 
 
 def load_part(args, parts, name, **kwargs):
@@ -1135,8 +1197,8 @@ MUST_MATCH = (
 ).split()
 MAY_DIFFER = (
     "output_dir logging_dir cache_dir report_to hub_model_id push_to_hub local_rank resume_from_checkpoint"
-    " checkpointing_steps checkpoints_total_limit dataloader_num_workers max_train_steps num_train_epochs"
-    " validation_prompt num_validation_images validation_epochs"
+    " tracker_project_name tracker_run_name checkpointing_steps checkpoints_total_limit dataloader_num_workers"
+    " max_train_steps num_train_epochs validation_prompt num_validation_images validation_epochs"
 ).split()
 
 
@@ -1446,7 +1508,7 @@ def validate(args, accelerator, trained, vae, scheduler, embed, held_out, step, 
         transformer = accelerator.unwrap_model(trained["transformer"], keep_torch_compile=False)
         with evaluation(trained.values()), accelerator.autocast():
             loss = measure_held_out(args, accelerator, transformer, vae.config, scheduler, embed, held_out)
-        accelerator.log({"validation_loss": loss}, step=step)
+        log_scalars(args, accelerator, {"validation_loss": loss}, step)
     return draw_validation(args, accelerator, trained, vae, scheduler, embed, step, final)
 
 
@@ -1475,24 +1537,136 @@ def draw_validation(args, accelerator, trained, vae, scheduler, embed, step, fin
     paths[0].parent.mkdir(exist_ok=True)
     for path, image in zip(paths, images, strict=True):
         save_image(image, path)
+    grid = tile_images(images, [""] * len(images), f"{args.validation_prompt}\nupdate {step}")
+    save_image(grid, paths[0].with_name(paths[0].name.replace("0.png", "grid.png")))
+    append_row(args, {"step": step, "drawn": str(paths[0].relative_to(args.output_dir))})
+    if final:
+        draw_strip(args, step)
     log_images(args, accelerator, "test" if final else "validation", images, step)
     return paths
 
 
-def log_images(args, accelerator, name, images, step):
-    """Sends images to the trackers that take them."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            pixels = torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8) for i in images])
-            pixels = pixels.view(len(images), args.resolution, args.resolution, 3)
-            tracker.log_images({name: pixels.numpy()}, step=step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            import wandb
+def tile_images(images, labels, text, columns=None):
+    """Images of one size in rows, a label under each and lines of text under all, on white."""
+    width, height = images[0].size
+    columns = columns or math.ceil(len(images) ** 0.5)
+    size = max(12, width // 24)
+    font = ImageFont.load_default(size)
+    below = 2 * size if any(labels) else 0
+    wide, tall = max(columns * width, 16 * size), math.ceil(len(images) / columns) * (height + below)
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, int(wide / size / 0.6)) or [""]]
+    canvas = Image.new("RGB", (wide, tall + size + len(lines) * size * 3 // 2), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left, top = number % columns * width, number // columns * (height + below)
+        canvas.paste(image, (left, top))
+        draw.text((left + size // 2, top + height + size // 4), label, "black", font)
+    for number, line in enumerate(lines):
+        draw.text((size // 2, tall + size // 2 + number * size * 3 // 2), line, "black", font)
+    return canvas
 
-            pictures = [wandb.Image(image, caption=f"{i}: {args.validation_prompt}") for i, image in enumerate(images)]
-            tracker.log({name: pictures}, step=step)
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({name: images}, step=step)
+
+def draw_strip(args, step):
+    """Writes validation.png: the first image of up to twelve validations of the run, from first to last."""
+    drawn = {row["step"]: Path(args.output_dir, row["drawn"]) for row in read_rows(args) if "drawn" in row}
+    drawn = sorted((number, path) for number, path in drawn.items() if path.is_file())
+    count = min(len(drawn), 12)
+    drawn = [drawn[round(n * (len(drawn) - 1) / max(count - 1, 1))] for n in range(count)]
+    images = [Image.open(path).convert("RGB").resize((256, 256)) for _, path in drawn]
+    strip = tile_images(images, [f"update {number}" for number, _ in drawn], args.validation_prompt, columns=count)
+    save_image(strip, Path(args.output_dir, "validation.png"))
+
+
+def scalars_file(args):
+    return Path(args.output_dir, args.logging_dir, "scalars.jsonl")
+
+
+def append_row(args, row):
+    with scalars_file(args).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(args):
+    """What the run has logged, a dict a line; a line that a crash cut off is passed over."""
+    path, rows = scalars_file(args), []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def log_scalars(args, accelerator, figures, step):
+    """Sends figures of an update to the trackers and to logs/scalars.jsonl, which the curves are drawn from."""
+    accelerator.log(figures, step=step)
+    if accelerator.is_main_process:
+        append_row(args, {"step": step, **figures})
+
+
+def draw_curves(args):
+    """Writes loss.png: the loss of each update, its running mean, and the held-out loss, over the updates."""
+    rows = read_rows(args)
+    raw = [(row["step"], row["loss"]) for row in rows if math.isfinite(row.get("loss", math.nan))]
+    held_out = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    if not raw:
+        return
+    mean, smooth = raw[0][1], []
+    for step, loss in raw:
+        mean += (loss - mean) * max(1 / (1 + len(smooth)), 0.05)
+        smooth.append((step, mean))
+    points = raw + held_out
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    last, high = max(x for x, _ in points), high if high > low else low + 1
+    image = Image.new("RGB", (1600, 900), "white")  # halved in the end, which smooths the lines
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(28)
+    place = lambda x, y: (140 + 1400 * x / last, 800 - 720 * (y - low) / (high - low))  # noqa: E731
+    for n in range(5):
+        x, y = last * n / 4, low + (high - low) * n / 4
+        draw.line([place(0, y), place(last, y)], "#dddddd", 2)
+        draw.text((place(0, y)[0] - 16, place(0, y)[1]), f"{y:.3g}", "black", font, anchor="rm")
+        draw.text((place(x, low)[0], 816), f"{x:.0f}", "black", font, anchor="mt")
+    curves = [(raw, "#bcd2ea", 3), (smooth, "#1f5fa8", 5), (held_out, "#d1495b", 5)]
+    for curve, color, width in curves:
+        draw.line([place(*point) for point in curve], color, width)
+        for point in curve if len(curve) < 30 else []:
+            draw.circle(place(*point), 6, color)
+    names = ["loss", "running mean", "held-out loss"]
+    for n, (name, (curve, color, _)) in enumerate(zip(names, curves, strict=True)):
+        if curve:
+            draw.text((160 + 320 * n, 20), name, color, font)
+    draw.text((1540, 856), "update", "black", font, anchor="rt")
+    save_image(image.resize((800, 450)), Path(args.output_dir, "loss.png"))
+
+
+def log_images(args, accelerator, name, images, step):
+    """Sends images to the trackers, with their captions where a tracker has a place for them."""
+    captions = [f"{number}: {args.validation_prompt}" for number in range(len(images))]
+    pairs = list(enumerate(zip(images, captions, strict=True)))
+    for tracker in accelerator.trackers:
+        match tracker.name:
+            case "wandb" | "swanlab":
+                picture = importlib.import_module(tracker.name).Image
+                tracker.log({name: [picture(image, caption=caption) for _, (image, caption) in pairs]}, step=step)
+            case "trackio":
+                picture = importlib.import_module("trackio").Image
+                tracker.log({f"{name}_{number}": picture(*pair) for number, pair in pairs}, step=step)
+            case "aim":
+                tracker.log_images({f"{name}_{number}": pair for number, pair in pairs}, step=step)
+            case "comet_ml":
+                for number, (image, caption) in pairs:
+                    metadata = {"caption": caption}
+                    tracker.tracker.log_image(image, name=f"{name}_{number}", step=step, metadata=metadata)
+            case "mlflow":
+                for number, (image, _) in pairs:
+                    importlib.import_module("mlflow").log_image(image, key=f"{name}_{number}", step=step)
+            case "dvclive":
+                for number, (image, _) in pairs:
+                    tracker.tracker.log_image(f"{name}_{number}_{step:06d}.png", image)
+            case "clearml":
+                for number, (image, _) in pairs:
+                    tracker.tracker.get_logger().report_image(name, str(number), iteration=step, image=image)
+            case "tensorboard":
+                pixels = np.stack([np.asarray(image) for image in images])
+                tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1559,17 +1733,18 @@ def save_for_comfyui(accelerator, trained, folder, dtype):
         write_safetensors(weights, path, {"format": "pt"})
 
 
+UPLOADED = [WEIGHTS, COMFYUI_WEIGHTS]
+
+
 def describe_method(args, repository):
-    """Title, tags and a program for the model card."""
+    """Title and tags of the model card, and the lines of its program that load the pipeline."""
     title = f"SD3 DreamBooth LoRA - {repository}"
     tags = ["lora", "template:sd-lora"]
-    usage = f"""import torch
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained({args.pretrained_model_name_or_path!r}, dtype=torch.float16)
-pipeline.load_lora_weights({repository!r})
-pipeline.to("cuda")
-"""
+    options = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}
+    options |= {"text_encoder_3": None, "tokenizer_3": None} if args.no_t5 else {}
+    base = ", ".join([repr(args.pretrained_model_name_or_path), *(f"{key}={options[key]!r}" for key in options)])
+    usage = f"pipeline = StableDiffusion3Pipeline.from_pretrained({base}, dtype=dtype)\n"
+    usage += f"pipeline.load_lora_weights({repository!r})\n"
     return title, tags, usage
 
 
@@ -1594,33 +1769,46 @@ def write_card(args, repository, image_paths):
     family, license_name, license_link = name_base_model(args)
     title, tags, usage = describe_method(args, repository)
     prompt = args.validation_prompt or args.instance_prompt or ""
+    base = str(args.pretrained_model_name_or_path)
+    version = "sd3.5" if "3.5" in family else "sd3"
     data = ModelCardData(
-        base_model=str(args.pretrained_model_name_or_path),
+        base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base model is no id
         license="other",
         license_name=license_name,
         license_link=license_link,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers-training", "diffusers", "sd3", "sd3-diffusers", *tags],
+        tags=["text-to-image", "diffusers-training", "diffusers", version, f"{version}-diffusers", *tags],
         instance_prompt=args.instance_prompt,
-        widget=[{"text": prompt, "output": {"url": path.name}} for path in image_paths],
+        widget=[{"text": prompt, "output": {"url": path.name}} for path in image_paths] or None,
     )
-    usage += f"image = pipeline({prompt!r}, max_sequence_length={args.max_sequence_length},"
-    usage += f" height={args.resolution}, width={args.resolution}).images[0]\n"
     encoders = f", with {' and '.join(TRAINED_ENCODERS)}" if args.train_text_encoder else ""
+    trigger = f"Write `{args.instance_prompt}` in a prompt to see the subject." if args.instance_prompt else ""
     text = f"""---
 {data.to_yaml()}
 ---
 
 # {title}
 
-<Gallery />
+{"<Gallery />" if image_paths else ""}
 
-DreamBooth weights for {args.pretrained_model_name_or_path} ({family}){encoders}. Write `{args.instance_prompt}`
-in a prompt to see the subject.
+DreamBooth weights for {base} ({family}){encoders}. {trigger}
 
 ```py
-{usage}```
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+{usage}pipeline.to(device)
+image = pipeline(
+    {prompt!r},
+    height={args.resolution},
+    width={args.resolution},
+    max_sequence_length={args.max_sequence_length},
+).images[0]
+image.save("image.png")
+```
 
 The base model's [licence]({license_link}) holds for these weights.
 """
@@ -1628,30 +1816,43 @@ The base model's [licence]({license_link}) holds for these weights.
 
 
 def open_repository(args, accelerator):
-    """Creates the Hub repository, or refuses: better at the start than after hours. Returns its id."""
-    repository = args.hub_model_id or Path(args.output_dir).resolve().name
+    """Creates the Hub repository, or refuses: better at the start than after hours.
+
+    Returns its id; without --push_to_hub the output folder, from where the card's program loads then.
+    """
     if not args.push_to_hub or not accelerator.is_main_process:
-        return repository
+        return args.output_dir
+    from httpx import HTTPError
     from huggingface_hub import create_repo
 
+    repository = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         return create_repo(repository, exist_ok=True, token=args.hub_token).repo_id
-    except (OSError, ValueError) as error:
-        refuse(f"--push_to_hub: {repository!r} cannot be created or written: {error}")
+    except (OSError, ValueError, HTTPError) as error:
+        refuse(
+            f"--push_to_hub: the repository {repository!r} cannot be created: give --hub_model_id USER/NAME and a"
+            f" token that may write, by `hf auth login` or in HF_TOKEN ({error})"
+        )
 
 
 def push(args, repository):
-    """Uploads weights, card and images; checkpoints, logs and what is hidden stay here."""
+    """Uploads weights, card and images, and nothing else of the folder: no checkpoint, no log, no file of yours."""
+    from httpx import HTTPError
     from huggingface_hub import upload_folder
 
-    ignored = ["checkpoint-*", ".*", f"{args.logging_dir}/*", "validation/*"]
-    upload_folder(
-        repo_id=repository,
-        folder_path=args.output_dir,
-        commit_message="End of training",
-        ignore_patterns=ignored,
-        token=args.hub_token,
-    )
+    patterns = ["README.md", *UPLOADED, "image_[0-9]*.png", "image_grid.png", "validation.png", "loss.png"]
+    try:
+        upload_folder(
+            repo_id=repository,
+            folder_path=args.output_dir,
+            commit_message="End of training",
+            allow_patterns=patterns,
+            token=args.hub_token,
+        )
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        again = f"hf upload {repository} {args.output_dir} . " + " ".join(f"--include '{name}'" for name in patterns)
+        reason = " ".join(str(error).split())
+        sys.exit(f"the result is whole in {args.output_dir}, but its upload failed ({reason}); again: {again}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1661,12 +1862,13 @@ def push(args, repository):
 
 def start_accelerator(args):
     """The accelerator with its trackers not yet started, and output_dir."""
+    folder = Path(args.output_dir, args.logging_dir)
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to.split(","),
-            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+            project_config=ProjectConfiguration(args.output_dir, str(Path(folder, args.tracker_run_name or ""))),
             dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
         )
     except ValueError as error:
@@ -1681,13 +1883,26 @@ def start_accelerator(args):
     return accelerator
 
 
-def start_trackers(args, accelerator):
-    """Starts the trackers, with the flags less the secrets as the run's configuration."""
+def start_trackers(args, accelerator, step):
+    """Starts the trackers, with the flags less the secrets as the run's configuration, and the file of scalars."""
     plain = (bool, int, float, str)
     config = {name: value if isinstance(value, plain) else str(value) for name, value in public_flags(args).items()}
-    folder = str(Path(args.output_dir, args.logging_dir))
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers(PROJECT, config=config, init_kwargs={"wandb": {"dir": folder}})
+    folder, run = str(Path(args.output_dir, args.logging_dir)), args.tracker_run_name
+    options = {"wandb": {"dir": folder, "name": run}, "dvclive": {"dir": folder}, "swanlab": {"logdir": folder}}
+    if run:
+        names = {"trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name", "clearml": "task_name"}
+        for tracker, name in names.items():
+            options[tracker] = options.get(tracker, {}) | {name: run}
+    if accelerator.is_main_process:
+        rows = [row for row in read_rows(args) if row["step"] <= step]  # a resumed run writes the later ones anew
+        scalars_file(args).parent.mkdir(parents=True, exist_ok=True)
+        scalars_file(args).write_text("")
+        for row in rows if step else []:
+            append_row(args, row)
+    accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
+    for tracker in accelerator.trackers:
+        if tracker.name == "comet_ml" and run and accelerator.is_main_process:
+            tracker.tracker.set_name(run)
 
 
 def catch_signals():
@@ -1703,6 +1918,21 @@ def catch_signals():
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), catch)
     return caught
+
+
+def encode_once(args, parts, accelerator, targets, dataset, held_out):
+    """The prompts' table and the VAE, after all that is encoded before training.
+
+    Each text encoder that is frozen speaks and leaves, then the VAE comes, and the transformer after this: the memory
+    of a run is that of the largest, not of all.
+    """
+    embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
+    embed.fill(parts, dataset.all_prompts() | held_out.all_prompts() | {args.validation_prompt or ""})
+    vae = load_frozen(args, parts, "vae", accelerator.device, torch.float32)
+    if args.cache_latents:
+        cache_moments(dataset, vae, accelerator)
+    cache_moments(held_out, vae, accelerator)
+    return embed, vae.to(resting_device(args, accelerator))
 
 
 def make_loader(args, accelerator, dataset, sampler):
@@ -1764,13 +1994,13 @@ def is_sound(args, accelerator, figures, step, skipped):
     return False
 
 
-def log_update(accelerator, bar, optimizer, schedule, figures, step):
+def log_update(args, accelerator, bar, optimizer, schedule, figures, step):
     """One log point of an update, and the bar's figures."""
     for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
         figures["lr" if group["name"] == "transformer" else f"lr_{group['name']}"] = rate
     bar.update()
     bar.set_postfix(loss=f"{figures['loss']:.4f}", lr=f"{figures['lr']:.2e}")
-    accelerator.log(figures, step=step)
+    log_scalars(args, accelerator, figures, step)
 
 
 def stop_cleanly(args, accelerator, step, number):
@@ -1787,6 +2017,7 @@ def finish(args, accelerator, parts, trained, step, check, repository):
     save_result(args, accelerator, parts, trained, step)
     paths = check(step, final=True)
     if accelerator.is_main_process:
+        draw_curves(args)
         write_card(args, repository, paths)
         if args.push_to_hub:
             push(args, repository)
@@ -1802,15 +2033,7 @@ def main(args):
     checkpoint, manifest = find_checkpoint(args, accelerator)
     repository = open_repository(args, accelerator)
     dataset, held_out = read_dataset(args, parts, accelerator), read_held_out(args)
-
-    # Frozen text encoders speak once and leave, then the VAE, the transformer last: the memory is that of the largest.
-    embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
-    embed.fill(parts, dataset.all_prompts() | held_out.all_prompts() | {args.validation_prompt or ""})
-    vae = load_frozen(args, parts, "vae", accelerator.device, torch.float32)
-    if args.cache_latents:
-        cache_moments(dataset, vae, accelerator)
-    cache_moments(held_out, vae, accelerator)
-    vae.to(resting_device(args, accelerator))
+    embed, vae = encode_once(args, parts, accelerator, targets, dataset, held_out)
     trained = load_trained(args, parts, accelerator, targets)
 
     optimizer = make_optimizer(args, accelerator, trained)
@@ -1824,7 +2047,7 @@ def main(args):
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
     average = follow_average(args, accelerator, parameters, optimizer)
     step = resume(args, accelerator, trained, checkpoint, manifest)
-    start_trackers(args, accelerator)
+    start_trackers(args, accelerator, step)
 
     scheduler = load_part(args, parts, "scheduler")
     levels = noise_levels(scheduler, accelerator.device)
@@ -1854,7 +2077,7 @@ def main(args):
             if not accelerator.sync_gradients:
                 continue
             step += 1
-            log_update(accelerator, bar, optimizer, schedule, figures, step)
+            log_update(args, accelerator, bar, optimizer, schedule, figures, step)
             if stop or step % args.checkpointing_steps == 0:
                 save_checkpoint(args, accelerator, step)
             if stop:
