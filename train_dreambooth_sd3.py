@@ -758,8 +758,8 @@ def lacks_files(args, name):
     folder = Path(args.pretrained_model_name_or_path, name)
     if not any(folder.glob("*config.json")):
         return True
-    ending = f".{args.variant}" if args.variant else ""
-    weights = [folder.glob(f"*{ending}*.{suffix}") for suffix in ("safetensors", "bin")]
+    ending = f".{args.variant}*" if args.variant else ""
+    weights = [folder.glob(f"*{ending}.{suffix}") for suffix in ("safetensors", "bin")]
     return not name.startswith(("tokenizer", "scheduler")) and not any(map(any, weights))
 
 
