@@ -37,6 +37,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,9 +58,14 @@ WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap")
 
 
 def refuse(message):
-    """Ends the run with one line on stderr, written by the first process alone, and exit code 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    """Ends the run with one line on stderr and exit code 2.
+
+    The first process of a machine writes it at once; the others by then have been ended, unless they alone refuse.
+    """
+    rank, local_rank = os.environ.get("RANK", "0"), int(os.environ.get("LOCAL_RANK", 0))
+    time.sleep(2 if local_rank else 0)
+    where = f"process {rank}: " if rank != "0" else ""
+    print(f"{Path(sys.argv[0]).name}: error: {where}{' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
