@@ -3,9 +3,10 @@
 
     python demo/train_checkpoint.py --work FOLDER
 
-Three stages: the VAE on pictures; the latents of all training pictures, once; the transformer together with the
-three text encoders, by the rectified-flow loss. Each stage keeps its state in the work folder and goes on from there
-when the program is started again. COST
+Four stages: the VAE on pictures; the training pictures and their latents, once; the VAE's decoder on these; and the
+transformer together with the three text encoders, by the rectified-flow loss. Each stage keeps its state in the work
+folder and goes on from there when the program is started again; the last two need only the first two, so that with
+--stage they can run side by side. COST
 """
 
 import argparse
@@ -132,10 +133,46 @@ def make_latents(work, vae, batch=64):
         x = rows.view(-1, world.SIDE, world.SIDE, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents.append(vae.encode(x).latent_dist.mean.half())
     latents = torch.cat(latents)
-    state = {"shown": shown, "latents": latents}
+    state = {"shown": shown, "pixels": pixels, "latents": latents}
     state |= {"shift": latents.float().mean().item(), "deviation": latents.float().std().item()}
     save(state, path)
     return state
+
+
+def train_decoder(work, vae, data, steps, batch=8):
+    """The VAE with its decoder trained on, on fixed latents to which a little noise is added."""
+    path, first = work / "decoder.pt", 0
+    decoder = vae.decoder.train()
+    optimizer = torch.optim.AdamW(decoder.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    ema = EMAModel(decoder.parameters(), decay=0.998)
+    if path.is_file():
+        state = torch.load(path, weights_only=True)
+        decoder.load_state_dict(state["decoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        first = state["step"]
+    saved = time.time()
+    for step in range(first, steps):
+        chosen = torch.randint(PICTURES, (batch,), generator=torch.Generator().manual_seed(step))
+        x = data["pixels"][chosen].view(-1, world.SIDE, world.SIDE, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents = data["latents"][chosen].float()
+        latents += 0.03 * data["deviation"] * torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
+        error = (decoder(latents.contiguous(memory_format=torch.channels_last)) - x).square().mean()
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step + 1, steps, 1.5e-3)
+        error.backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.step(decoder.parameters())
+        if step % 50 == 0:
+            print(f"decoder {step}: {10 * math.log10(4 / error.item()):.2f} dB", flush=True)
+        if time.time() - saved > 60 or step + 1 == steps:
+            state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
+            save(state | {"step": step + 1}, path)
+            saved = time.time()
+    ema.copy_to(decoder.parameters())
+    return vae.eval()
 
 
 def words():
@@ -144,13 +181,25 @@ def words():
     return list(dict.fromkeys(["a", "photo", "of", *phrases, *world.COLOURS, *world.THINGS, *world.SUBJECT.split()]))
 
 
+def merge(pieces, merges):
+    """A word's pieces after byte-pair merges in their order."""
+    for pair in merges:
+        merged = []
+        for piece in pieces:
+            if merged and (merged[-1], piece) == pair:
+                merged[-1] += piece
+            else:
+                merged.append(piece)
+        pieces = merged
+    return pieces
+
+
 def clip_tokenizer(pad_token):
-    """Byte-level BPE whose merges put each word of the world together, from left to right."""
+    """Byte-level BPE that makes one token of each word: what earlier words' merges leave of it is joined last."""
     symbols, merges = sorted(ByteLevel.alphabet()), []
     for word in words():
-        letters = [*word[:-1], f"{word[-1]}</w>"]
-        merges += [("".join(letters[:end]), letters[end]) for end in range(1, len(letters))]
-    merges = list(dict.fromkeys(merges))
+        pieces = merge([*word[:-1], f"{word[-1]}</w>"], merges)
+        merges += [("".join(pieces[:end]), pieces[end]) for end in range(1, len(pieces))]
     tokens = [
         *symbols,
         *(f"{symbol}</w>" for symbol in symbols),
@@ -221,7 +270,7 @@ def make_parts():
 
 
 def all_captions():
-    """Every caption of the world, each also with the subject's rare word, which means nothing there; and the empty one."""
+    """Every caption of the world, each also with the rare word, which means nothing there; and the empty one."""
     captions = [""]
     for thing in world.THINGS:
         for colour in ("", *world.COLOURS):
@@ -300,14 +349,21 @@ def main():
         "--work", type=Path, required=True, help="Folder for what an interrupted training goes on from."
     )
     parser.add_argument("--output", type=Path, default=HERE / "tiny-sd3", help="Where the pipeline is written.")
-    parser.add_argument("--vae_steps", type=int, default=1600)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--vae_steps", type=int, default=1200)
+    parser.add_argument("--decoder_steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--stage", choices=("decoder", "transformer"), help="Run the first two stages and this one.")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(args.work, args.vae_steps)
     data = make_latents(args.work, vae)
+    if args.stage != "transformer":
+        vae = train_decoder(args.work, vae, data, args.decoder_steps)
+    if args.stage != "decoder":
+        parts = train_transformer(args.work, data, args.steps)
+    if args.stage:
+        return
     vae.register_to_config(shift_factor=data["shift"], scaling_factor=1 / data["deviation"])
-    parts = train_transformer(args.work, data, args.steps)
     pipeline = StableDiffusion3Pipeline(vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts)
     pipeline.to(dtype=torch.float16).save_pretrained(args.output)
 
