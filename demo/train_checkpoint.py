@@ -263,7 +263,7 @@ def make_parts():
         caption_projection_dim=128,
         joint_attention_dim=128,
         pooled_projection_dim=112,
-        pos_embed_max_size=8,
+        pos_embed_max_size=16,
         qk_norm="rms_norm",
     )
     return parts
@@ -297,7 +297,7 @@ def encode(parts, ids, rows):
     return script.join_embeds(states, parts["transformer"].config.joint_attention_dim)
 
 
-def train_transformer(work, data, steps, batch=128):
+def train_transformer(work, data, steps, batch=64):
     """The transformer and the text encoders, trained together; all of their weights averaged."""
     parts, path = make_parts(), work / "transformer.pt"
     models = torch.nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)})
@@ -323,9 +323,8 @@ def train_transformer(work, data, steps, batch=128):
         latents = (data["latents"][chosen].float() - data["shift"]) / data["deviation"]
         noise = torch.randn(latents.shape, generator=generator)
         u = script.draw_density(flags, batch, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            embeds, pooled = encode(parts, ids, rows)
-            loss = script.flow_losses(flags, parts["transformer"], levels, latents, noise, u, embeds, pooled).mean()
+        embeds, pooled = encode(parts, ids, rows)
+        loss = script.flow_losses(flags, parts["transformer"], levels, latents, noise, u, embeds, pooled).mean()
         for group in optimizer.param_groups:
             group["lr"] = cosine(step + 1, steps, 1.5e-3, warm_up=200)
         loss.backward()
@@ -351,7 +350,7 @@ def main():
     parser.add_argument("--output", type=Path, default=HERE / "tiny-sd3", help="Where the pipeline is written.")
     parser.add_argument("--vae_steps", type=int, default=1200)
     parser.add_argument("--decoder_steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--stage", choices=("decoder", "transformer"), help="Run the first two stages and this one.")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
