@@ -25,6 +25,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -33,6 +34,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -49,6 +51,7 @@ from pathlib import Path
 TRAINED_ENCODERS = ("text_encoder", "text_encoder_2")  # by --train_text_encoder; T5 stays frozen
 LORA_LAYERS = [f"attn.{n}" for n in "add_k_proj add_q_proj add_v_proj to_add_out to_k to_out.0 to_q to_v".split()]
 VERSION = "1.0.0"
+STARTED = time.monotonic()
 PROJECT = "dreambooth-sd3-lora"  # the trackers' name for it
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 OPTIMIZERS = {"adamw": "AdamW", "prodigy": "prodigy"}
@@ -1208,6 +1211,11 @@ MAY_DIFFER = (
 ).split()
 
 
+def whole_state(accelerator, model):
+    """A model's weights by name, whole on the main process. Called on each process, for each may have a part."""
+    return {name.replace("_orig_mod.", ""): weight for name, weight in accelerator.get_state_dict(model).items()}
+
+
 def save_weights(accelerator, trained, folder, dtype=torch.float32, header=None):
     """Writes the adapters as a file that StableDiffusion3Pipeline.load_lora_weights reads.
 
@@ -1217,13 +1225,16 @@ def save_weights(accelerator, trained, folder, dtype=torch.float32, header=None)
 
     layers, fields = {}, {}
     for name, model in trained.items():
+        state = whole_state(accelerator, model)
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
         layers[f"{name}_lora_layers"] = {key: value.to(dtype) for key, value in state.items()}
         config = model.peft_config["default"]
         fields |= {f"{name}.r": config.r, f"{name}.lora_alpha": config.lora_alpha}
         fields |= {f"{name}.{field}": True for field in ("use_dora", "use_rslora") if getattr(config, field)}
         fields[f"{name}.target_modules"] = sorted(config.target_modules)
+    if not accelerator.is_main_process:
+        return
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(fields), **(header or {})}
     save = functools.partial(write_safetensors, header=header)
     StableDiffusion3Pipeline.save_lora_weights(folder, **layers, save_function=save)
@@ -1261,12 +1272,12 @@ def hook_weights(accelerator, trained):
     """Lets accelerate's save_state and load_state write and read the trained weights in the form users load."""
 
     def save(models, weights, folder):
-        if accelerator.is_main_process:
-            save_weights(accelerator, trained, folder)
+        save_weights(accelerator, trained, folder)
         weights.clear()
 
     def load(models, folder):
-        load_weights(accelerator, trained, folder)
+        if models:  # FSDP2 and DeepSpeed hand over none: they read the parts that they have written themselves
+            load_weights(accelerator, trained, folder)
         models.clear()
 
     accelerator.register_save_state_pre_hook(save)
@@ -1408,6 +1419,20 @@ def resume(args, accelerator, trained, checkpoint, manifest):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def share(accelerator, items):
+    """This process's part of the items, as many as any other's has: the last one is repeated where they do not divide.
+
+    Where weights are split over the processes (FSDP2, ZeRO-3), all of them take part in each forward pass.
+    """
+    with accelerator.split_between_processes(list(items), apply_padding=True) as mine:
+        return mine
+
+
+def gather_items(accelerator, items):
+    """The dicts of all processes as one."""
+    return dict(gather_object(list(items.items()))) if accelerator.num_processes > 1 else items
+
+
 @contextlib.contextmanager
 def evaluation(models):
     """Models in eval mode and without gradients, for the length of a with block."""
@@ -1490,19 +1515,17 @@ def save_image(image, path):
 
 def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embed, held_out):
     """Mean loss of the held-out images at eight noise levels each, whose noise is the same at every call and run."""
-    mine = range(accelerator.process_index, len(held_out), accelerator.num_processes)
-    levels = noise_levels(scheduler, accelerator.device)
-    total = torch.zeros(2, device=accelerator.device)  # sum and count
-    for index in mine:
+    levels, losses = noise_levels(scheduler, accelerator.device), {}
+    for index in share(accelerator, range(len(held_out))):
         data = held_out[0, index, 1.0][0]
         moments = data["data"][None].to(accelerator.device)
         for level in range(8):
             latents, noise, _ = draw_latents(args, vae_config, moments, [derive_seed("held out", index, level)])
             u = torch.full((1,), (level + 0.5) / 8, device=accelerator.device)
             loss = flow_losses(args, transformer, levels, latents, noise, u, *embed([data["prompt"]]))
-            total += torch.stack([loss.sum(), torch.ones_like(loss.sum())])
-    total = accelerator.reduce(total, "sum")
-    return (total[0] / total[1]).item()
+            losses[index, level] = loss.item()
+    losses = gather_items(accelerator, losses)
+    return math.fsum(losses.values()) / len(losses)
 
 
 def validate(args, accelerator, trained, vae, scheduler, embed, held_out, step, final=False):
@@ -1523,21 +1546,19 @@ def draw_validation(args, accelerator, trained, vae, scheduler, embed, step, fin
     if not args.validation_prompt:
         return []
     transformer = accelerator.unwrap_model(trained["transformer"], keep_torch_compile=False)
-    numbers = range(args.num_validation_images)[accelerator.process_index :: accelerator.num_processes]
-    rest = vae.device
+    rest, images = vae.device, {}
     vae.to(accelerator.device)
-    images = []
     with evaluation(trained.values()), accelerator.autocast():
         prompt, empty = embed([args.validation_prompt]), embed([""])
-        for number in numbers:
+        for number in share(accelerator, range(args.num_validation_images)):
             seed = [args.seed + number]
-            images += [(number, draw_images(args, transformer, vae, scheduler, prompt, empty, seed)[0])]
+            images[number] = draw_images(args, transformer, vae, scheduler, prompt, empty, seed)[0]
     vae.to(rest)
     free_memory()
-    images = gather_object(images) if accelerator.num_processes > 1 else images
+    images = gather_items(accelerator, images)
     if not accelerator.is_main_process:
         return []
-    images = [image for _, image in sorted(images, key=lambda pair: pair[0])]
+    images = [images[number] for number in sorted(images)]
     pattern = "image_{}.png" if final else f"validation/step-{step:06d}-{{}}.png"
     paths = [Path(args.output_dir, pattern.format(number)) for number in range(len(images))]
     paths[0].parent.mkdir(exist_ok=True)
@@ -1550,6 +1571,9 @@ def draw_validation(args, accelerator, trained, vae, scheduler, embed, step, fin
         draw_strip(args, step)
     log_images(args, accelerator, "test" if final else "validation", images, step)
     return paths
+
+
+STRIP, CURVES = "validation.png", "loss.png"
 
 
 def tile_images(images, labels, text, columns=None):
@@ -1573,14 +1597,14 @@ def tile_images(images, labels, text, columns=None):
 
 
 def draw_strip(args, step):
-    """Writes validation.png: the first image of up to twelve validations of the run, from first to last."""
+    """Writes STRIP: the first image of up to twelve validations of the run, from first to last."""
     drawn = {row["step"]: Path(args.output_dir, row["drawn"]) for row in read_rows(args) if "drawn" in row}
     drawn = sorted((number, path) for number, path in drawn.items() if path.is_file())
     count = min(len(drawn), 12)
     drawn = [drawn[round(n * (len(drawn) - 1) / max(count - 1, 1))] for n in range(count)]
     images = [Image.open(path).convert("RGB").resize((256, 256)) for _, path in drawn]
     strip = tile_images(images, [f"update {number}" for number, _ in drawn], args.validation_prompt, columns=count)
-    save_image(strip, Path(args.output_dir, "validation.png"))
+    save_image(strip, Path(args.output_dir, STRIP))
 
 
 def scalars_file(args):
@@ -1609,7 +1633,7 @@ def log_scalars(args, accelerator, figures, step):
 
 
 def draw_curves(args):
-    """Writes loss.png: the loss of each update, its running mean, and the held-out loss, over the updates."""
+    """Writes CURVES: the loss of each update, its running mean, and the held-out loss, over the updates."""
     rows = read_rows(args)
     raw = [(row["step"], row["loss"]) for row in rows if math.isfinite(row.get("loss", math.nan))]
     held_out = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
@@ -1640,7 +1664,7 @@ def draw_curves(args):
         if curve:
             draw.text((160 + 320 * n, 20), name, color, font)
     draw.text((1540, 856), "update", "black", font, anchor="rt")
-    save_image(image.resize((800, 450)), Path(args.output_dir, "loss.png"))
+    save_image(image.resize((800, 450)), Path(args.output_dir, CURVES))
 
 
 def log_images(args, accelerator, name, images, step):
@@ -1682,11 +1706,9 @@ def log_images(args, accelerator, name, images, step):
 
 def save_result(args, accelerator, parts, trained, step):
     """Writes what was trained to output_dir, in the precision of training unless --upcast_before_saving."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        dtype = torch.float32 if args.upcast_before_saving else frozen_dtype(accelerator)
-        save_weights(accelerator, trained, args.output_dir, dtype, describe_file(args, step))
-        save_for_comfyui(accelerator, trained, args.output_dir, dtype)
+    dtype = torch.float32 if args.upcast_before_saving else frozen_dtype(accelerator)
+    save_weights(accelerator, trained, args.output_dir, dtype, describe_file(args, step))
+    save_for_comfyui(accelerator, trained, args.output_dir, dtype)
     accelerator.wait_for_everyone()
 
 
@@ -1719,20 +1741,24 @@ def save_for_comfyui(accelerator, trained, folder, dtype):
     tensors, hence two files.
     """
     path, weights = Path(folder, COMFYUI_WEIGHTS), {}
-    path.unlink(missing_ok=True)
     for name, model in trained.items():
+        state = whole_state(accelerator, model)
         for layer_name, layer in accelerator.unwrap_model(model, keep_torch_compile=False).named_modules():
-            if not hasattr(layer, "lora_A"):
+            if not hasattr(layer, "lora_A") or not accelerator.is_main_process:
                 continue
-            down, up, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+            down, up = (state[f"{layer_name}.lora_{half}.default.weight"] for half in "AB")
+            scale = layer.scaling["default"]
             key = f"{name}.{layer_name}"
             weights |= {f"{key}.lora_A.weight": down.to(dtype), f"{key}.lora_B.weight": up.to(dtype)}
             weights[f"{key}.alpha"] = torch.tensor(scale * len(down), dtype=torch.float64)
             if layer.use_dora["default"]:
-                base = layer.get_base_layer().weight.float()
+                base = state[f"{layer_name}.base_layer.weight"].float()
                 norms = [weight.norm(dim=1) for weight in (base, base + scale * (up @ down))]
-                magnitude = layer.lora_magnitude_vector["default"].weight
+                magnitude = state[f"{layer_name}.lora_magnitude_vector.default.weight"]
                 weights[f"{key}.dora_scale"] = (magnitude * norms[0] / norms[1])[:, None]
+    if not accelerator.is_main_process:
+        return
+    path.unlink(missing_ok=True)
     config = accelerator.unwrap_model(trained["transformer"], keep_torch_compile=False).peft_config["default"]
     if config.use_dora or scale != 1:
         weights = {key: weight.detach().cpu().contiguous() for key, weight in weights.items()}
@@ -1768,17 +1794,68 @@ def name_base_model(args):
     return family, "stabilityai-ai-community", f"https://huggingface.co/stabilityai/{page}/blob/main/LICENSE.md"
 
 
-def write_card(args, repository, image_paths):
-    """Writes the model card, README.md, with the final images as its gallery."""
-    from huggingface_hub import ModelCard, ModelCardData
+CARD_LINE = "<!-- The next run writes anew what is above this line ({}), and keeps what is below. -->"
+
+
+def read_card(path):
+    """Front matter of an earlier card, and the text in it that the run would lose.
+
+    That is what stands below the line, and all of the text if a person has changed it above the line or wrote it all.
+    """
+    from huggingface_hub import ModelCard
+
+    if not path.is_file():
+        return {}, "\n"
+    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    above, line, below = card.text.partition(CARD_LINE.split("(")[0])
+    digest, _, below = below.partition("-->")
+    if digest[1:].startswith(hash_text(above)):
+        return card.data.to_dict(), below
+    return card.data.to_dict(), f"\n\n{above.strip()}\n{below}"
+
+
+def hash_text(text):
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+def describe_run(args, accelerator, step):
+    """How the weights were trained: updates, time, hardware, versions, and the flags that differ from the defaults."""
+    hidden = "hub_token hub_model_id push_to_hub local_rank output_dir resume_from_checkpoint".split()
+    parser, flags = build_parser(), []
+    for name, value in public_flags(args).items():
+        if name in hidden or value == parser.get_default(name):
+            continue
+        if isinstance(value, str) and Path(value).is_dir():
+            value = Path(value).name  # a card is public, the folders above are not
+        flags.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
+    minutes, device = (time.monotonic() - STARTED) / 60, accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    if device.type == "cuda":
+        name += f" ({torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB used)"
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    return f"""Update {step}, after {minutes:.0f} minutes on {accelerator.num_processes} x {name}, by
+{Path(__file__).name} {VERSION} with {versions} and these flags:
+
+```sh
+{" ".join(flags)}
+```"""
+
+
+def write_card(args, accelerator, repository, step, image_paths):
+    """Writes the model card, README.md, with the final images as its gallery; what a person added to it stays."""
+    from huggingface_hub import ModelCardData
 
     family, license_name, license_link = name_base_model(args)
     title, tags, usage = describe_method(args, repository)
     prompt = args.validation_prompt or args.instance_prompt or ""
     base = str(args.pretrained_model_name_or_path)
     version = "sd3.5" if "3.5" in family else "sd3"
+    path = Path(args.output_dir, "README.md")
+    added, kept = read_card(path)
     data = ModelCardData(
         base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base model is no id
+        base_model_relation=None if Path(base).is_dir() else "adapter" if "lora" in tags else "finetune",
         license="other",
         license_name=license_name,
         license_link=license_link,
@@ -1790,11 +1867,11 @@ def write_card(args, repository, image_paths):
     )
     encoders = f", with {' and '.join(TRAINED_ENCODERS)}" if args.train_text_encoder else ""
     trigger = f"Write `{args.instance_prompt}` in a prompt to see the subject." if args.instance_prompt else ""
-    text = f"""---
-{data.to_yaml()}
----
-
-# {title}
+    data = {**added, **data.to_dict()}
+    data["tags"] = list(dict.fromkeys(data["tags"] + added.get("tags", [])))
+    strip = f"![First image of each validation]({STRIP})\n" if image_paths else ""
+    curves = f"![Loss of the updates]({CURVES})\n" if Path(args.output_dir, CURVES).is_file() else ""
+    text = f"""# {title}
 
 {"<Gallery />" if image_paths else ""}
 
@@ -1816,9 +1893,17 @@ image = pipeline(
 image.save("image.png")
 ```
 
+## Training
+
+{strip}{curves}
+{describe_run(args, accelerator, step)}
+
 The base model's [licence]({license_link}) holds for these weights.
+
 """
-    ModelCard(text).save(Path(args.output_dir, "README.md"))
+    front = ModelCardData(**data).to_yaml()
+    text = f"---\n{front}\n---\n\n{text}{CARD_LINE.format(hash_text(text))}{kept}"
+    path.write_text(text, encoding="utf-8")
 
 
 def open_repository(args, accelerator):
@@ -1846,7 +1931,7 @@ def push(args, repository):
     from httpx import HTTPError
     from huggingface_hub import upload_folder
 
-    patterns = ["README.md", *UPLOADED, "image_[0-9]*.png", "image_grid.png", "validation.png", "loss.png"]
+    patterns = ["README.md", *UPLOADED, "image_[0-9]*.png", "image_grid.png", STRIP, CURVES]
     try:
         upload_folder(
             repo_id=repository,
@@ -1879,8 +1964,11 @@ def start_accelerator(args):
         )
     except ValueError as error:
         refuse(f"--mixed_precision {args.mixed_precision}: {error}")
-    if args.use_ema and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        refuse(f"--use_ema needs the whole weights on each process, {accelerator.distributed_type.value} splits them")
+    engine = accelerator.distributed_type.value
+    if args.use_ema and engine in ("FSDP", "DEEPSPEED"):
+        refuse(f"--use_ema needs the whole weights on each process, {engine} splits them")
+    if args.train_text_encoder and engine in ("FSDP", "DEEPSPEED"):
+        refuse(f"--train_text_encoder: with {engine} accelerate trains one model alone: leave it out, or use DDP")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
     if args.allow_tf32:
@@ -1972,8 +2060,8 @@ def read_update(args, accelerator, seen, norm, caught):
     `seen` has a tensor (2,) of instance and prior loss a batch. This is where the host waits for the device, once an
     update. Returns {name: float} and the signal's number or 0.
     """
-    number = torch.tensor(caught[:1] or [0], device=norm.device)
-    row = torch.cat([torch.stack(seen).mean(dim=0), norm.float().view(1), number])
+    others = torch.tensor([norm, *(caught[:1] or [0])], device=seen[0].device)
+    row = torch.cat([torch.stack(seen).mean(dim=0), others])
     if accelerator.num_processes > 1:
         rows = accelerator.gather(row[None])
         row = torch.cat([rows[:, :3].mean(dim=0), rows[:, 3].amax(dim=0, keepdim=True)])
@@ -2024,7 +2112,7 @@ def finish(args, accelerator, parts, trained, step, check, repository):
     paths = check(step, final=True)
     if accelerator.is_main_process:
         draw_curves(args)
-        write_card(args, repository, paths)
+        write_card(args, accelerator, repository, step, paths)
         if args.push_to_hub:
             push(args, repository)
         log.info(f"The result is in {args.output_dir}")

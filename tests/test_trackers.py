@@ -1,0 +1,195 @@
+"""What the trackers are sent: the same names and numbers everywhere, on the axis of updates, and no secret."""
+
+import json
+import struct
+
+import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process
+from accelerate.utils import LoggerType
+from PIL import Image
+
+PLAIN = {"loss", "grad_norm", "lr"}
+FLAGS = {"max_train_steps": 3, "num_validation_images": 2, "validation_prompt": "a dog", "validation_epochs": 10}
+
+
+def wandb_records(path):
+    """Records of an offline run: protobuf messages in LevelDB's log format, blocks of 32 KiB after a header of 7."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, parts = path.read_bytes(), 7, b""
+    while place < len(data):
+        left = 2**15 - place % 2**15
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or last
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def read_wandb(folder):
+    """{update: {name: value}}, all captions, the configuration and (project, name) of the offline run in a folder."""
+    import wandb
+
+    wandb.teardown()  # has its own process write the rest
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    history, captions, config, names = {}, [], {}, set()
+    for record in wandb_records(path):
+        if record.WhichOneof("record_type") == "history":
+            row = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            captions += [value for name, value in row.items() if name.endswith(".captions")]
+            plain = {name: value for name, value in row.items() if "." not in name and name[0] != "_"}
+            history.setdefault(row["_step"], {}).update(plain)
+        elif record.WhichOneof("record_type") == "run":
+            names.add((record.run.project, record.run.display_name))
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        elif record.WhichOneof("record_type") == "config":
+            config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+    return history, captions, config, names
+
+
+def read_tensorboard(folder):
+    """{update: {name: value}} of scalars, and {name: [update]} of images."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    tags, history = events.Tags(), {}
+    for name in tags["scalars"]:
+        for event in events.Scalars(name):
+            history.setdefault(event.step, {})[name] = event.value
+    return history, {name: [event.step for event in events.Images(name)] for name in tags["images"]}
+
+
+def read_file(folder):
+    """{update: {name: value}} of the run's own file."""
+    history = {}
+    for line in (folder / "scalars.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        history.setdefault(row.pop("step"), {}).update(row)
+    return {step: {name: value for name, value in row.items() if name != "drawn"} for step, row in history.items()}
+
+
+def test_tensorboard_wandb_and_the_file_agree(script, run, pictures):
+    output = run(
+        script,
+        report_to="tensorboard,wandb",
+        tracker_project_name="dogs",
+        tracker_run_name="first",
+        validation_data_dir=pictures(),
+        hub_model_id="someone/dog",
+        **FLAGS,
+    )
+    history, captions, config, names = read_wandb(output / "logs")
+    board, images = read_tensorboard(output / "logs" / "first" / "dogs")
+    assert names == {("dogs", "first")}
+    assert history == read_file(output / "logs")
+    assert history.keys() == board.keys() == {1, 2, 3}
+    for step, row in history.items():
+        assert row.keys() == board[step].keys() == PLAIN | ({"validation_loss"} if step >= 2 else set())
+        assert all(board[step][name] == pytest.approx(value, rel=1e-6) for name, value in row.items())
+    assert config["hub_model_id"] == "someone/dog"
+    assert config["max_train_steps"] == 3
+    assert "hub_token" not in config
+    assert captions == [["0: a dog", "1: a dog"]] * 2
+    assert images == {"validation": [2], "test": [3]}
+
+
+class Recorder(GeneralTracker):
+    """Stands in for a package that is not installed here."""
+
+    name = "trackio"
+    requires_logging_directory = False
+
+    def __init__(self, project, **options):
+        super().__init__()
+        self.rows, self.config, self.opened = [], {}, (project, options)
+
+    def start(self):
+        pass
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    @on_main_process
+    def log(self, values, step=None, **options):
+        self.rows.append((step, values))
+
+    def finish(self):
+        pass
+
+
+NAMES = {
+    (): PLAIN,
+    ("prior",): PLAIN | {"instance_loss", "prior_loss"},
+    ("encoders",): PLAIN | {"lr_text_encoder", "lr_text_encoder_2"},
+}
+
+
+@pytest.mark.parametrize("case", NAMES, ids=lambda case: "-".join(case) or "plain")
+def test_names_of_the_scalars(case, script, kind, run, monkeypatch, pictures):
+    """The README's table has these names."""
+    seen, log = {}, script.log_scalars
+    monkeypatch.setattr(
+        script, "log_scalars", lambda args, acc, f, step: (seen.update({step: set(f)}), log(args, acc, f, step))
+    )
+    flags = {}
+    if "prior" in case:
+        flags |= {"with_prior_preservation": True, "class_data_dir": pictures(3), "class_prompt": "a dog"}
+        flags |= {"num_class_images": 3}
+    if "encoders" in case:
+        flags |= {"train_text_encoder": True}
+    run(script, **flags)
+    extra = {"lr_text_encoder_3"} if "encoders" in case and kind == "full" else set()
+    assert seen == {1: NAMES[case] | extra, 2: NAMES[case] | extra}
+
+
+def test_resumed_scalars_are_those_of_the_uninterrupted_run(lora, run, tmp_path):
+    flags = {"checkpointing_steps": 2}
+    whole = run(lora, max_train_steps=4, output_dir=tmp_path / "whole", **flags)
+    output = run(lora, max_train_steps=3, **flags)
+    with (output / "logs" / "scalars.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # as a crash leaves it
+    run(lora, max_train_steps=4, resume_from_checkpoint="latest", **flags)
+    assert (output / "logs" / "scalars.jsonl").read_text() == (whole / "logs" / "scalars.jsonl").read_text()
+    run(lora, max_train_steps=1)
+    assert read_file(output / "logs").keys() == {1}
+
+
+def test_another_tracker(lora, run, monkeypatch):
+    """One that has no package here: what accelerate hands to it."""
+    import sys
+    from types import SimpleNamespace
+
+    trackers = []
+
+    class Kept(Recorder):
+        def __init__(self, *words, **options):
+            super().__init__(*words, **options)
+            trackers.append(self)
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Kept)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TRACKIO])
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda *pair: pair, __spec__="here"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    run(lora, report_to="trackio", tracker_project_name="dogs", tracker_run_name="first", **FLAGS)
+    (tracker,) = trackers
+    assert tracker.opened == ("dogs", {"name": "first"})
+    assert "hub_token" not in tracker.config
+    assert [(step, set(row)) for step, row in tracker.rows] == [
+        (1, PLAIN),
+        (2, PLAIN),
+        (2, {"validation_0", "validation_1"}),
+        (3, PLAIN),
+        (3, {"test_0", "test_1"}),
+    ]
+    image, caption = tracker.rows[-1][1]["test_1"]
+    assert (type(image), image.size, caption) == (Image.Image, (32, 32), "1: a dog")
