@@ -1,0 +1,62 @@
+"""The form of the code that ruff does not measure: length and nesting of functions, imports, sizes of files."""
+
+import ast
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+FILES = [*SCRIPTS.values(), *ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")]
+BLOCKS = (ast.For, ast.While, ast.If, ast.With, ast.Try)
+
+
+def functions(path):
+    tree = ast.parse(path.read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def depth(node):
+    """How deeply the blocks of a function are nested; an elif is as deep as its if."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        chained = isinstance(node, ast.If) and child in node.orelse and isinstance(child, ast.If)
+        deepest = max(deepest, depth(child) + (isinstance(child, BLOCKS) and not chained))
+    return deepest
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_functions_are_short_and_flat(path):
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions(path) if f.end_lineno - f.lineno + 1 > 60}
+    deep = {f.name: depth(f) for f in functions(path) if depth(f) > 4}
+    assert (long, deep) == ({}, {})
+
+
+@pytest.mark.parametrize("path", SCRIPTS.values(), ids=SCRIPTS)
+def test_each_script_runs_alone(path, tmp_path):
+    shutil.copy(path, tmp_path)
+    command = [sys.executable, "-I", path.name, "--help"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "--pretrained_model_name_or_path" in found.stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS.values(), ids=SCRIPTS)
+def test_no_script_imports_what_it_does_not_name(path):
+    """Neither a module of this repository nor torchvision, which has no build for every machine."""
+    modules = {file.stem for file in ROOT.rglob("*.py") if ".venv" not in file.parts} | {"torchvision"}
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported & modules == set()
+
+
+def test_no_large_file_but_the_checkpoint():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.split("\0") if name and (ROOT / name).is_file()}
+    checkpoint = {name: size for name, size in sizes.items() if name.startswith("demo/tiny-sd3/")}
+    assert sum(checkpoint.values()) <= 16_000_000
+    assert {name for name, size in sizes.items() if size > 4_000_000} <= checkpoint.keys()
