@@ -2148,7 +2148,8 @@ def main(args):
     check = functools.partial(validate, args, accelerator, trained, vae, scheduler, embed, held_out)
     caught, seen, skipped, sound = catch_signals(), [], [], True
     bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
-    for epoch in range(max(step - 1, 0) // updates, math.ceil(total / updates)):
+    first = max(step - 1, 0) // updates if step < total else total  # a finished run has nothing left
+    for epoch in range(first, math.ceil(total / updates)):
         sampler.epoch, sampler.start = epoch, max(step - epoch * updates, 0) * args.gradient_accumulation_steps
         for batch in loader:
             with accelerator.accumulate(*models):
