@@ -22,6 +22,7 @@ DIFFERENCES = (
     "load_weights",
     "save_result",
     "describe_method",  # the model card's words
+    "UPLOADED",
 )
 # In one of them alone.
 ALONE = (
