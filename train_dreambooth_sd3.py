@@ -1,4 +1,27 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "accelerate==1.15.0",
+#     "diffusers==0.42.1",
+#     "huggingface_hub==2.4.0",
+#     "numpy==2.4.6",
+#     "peft==0.21.2",
+#     "pillow==13.0.0",
+#     "protobuf==7.36.2",
+#     "safetensors==0.8.0",
+#     "sentencepiece==0.2.3",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "transformers==5.23.0",
+#     "Jinja2==3.1.6",
+#     "datasets==5.2.0",
+#     "prodigyopt==1.1.2",
+#     "bitsandbytes==0.50.2",
+#     "wandb==0.31.0",
+# ]
+# ///
 """DreamBooth training of the whole Stable Diffusion 3 or 3.5 transformer, with the SD3 paper's rectified-flow loss.
 
 One GPU, then all the GPUs that `accelerate config` was told of:
@@ -41,6 +64,7 @@ import textwrap
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,6 +224,7 @@ def add_output_flags(parser):
     add("--push_to_hub", action="store_true", help="Upload the result when training ends.")
     add("--hub_token", help="Token for the upload; it is written nowhere.")
     add("--hub_model_id", help="Repository of the upload; unset: the name of output_dir.")
+    add("--hub_private_repo", action="store_true", help="Make the repository private when it is created.")
 
 
 def build_parser():
@@ -287,6 +312,8 @@ def check_training_flags(args):
         refuse("--optimizer prodigy needs the prodigyopt package: pip install prodigyopt")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         refuse("--use_8bit_adam needs the bitsandbytes package: pip install bitsandbytes")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and importlib.util.find_spec("deepspeed") is None:
+        refuse("accelerate is configured for DeepSpeed, which needs the deepspeed package: pip install deepspeed")
     trackers = [] if args.report_to == "none" else args.report_to.split(",")
     for name in trackers:
         if name not in (*TRACKERS, "all"):
@@ -313,7 +340,7 @@ NEEDS = (
     ("use_ema", (True,), "ema_decay"),
     ("dataset_name", (True,), "dataset_config_name dataset_split image_column"),
     ("validation_prompt", (True,), "num_validation_images"),
-    ("push_to_hub", (True,), "hub_model_id hub_token"),
+    ("push_to_hub", (True,), "hub_model_id hub_private_repo hub_token"),
     ("max_train_steps", (None,), "num_train_epochs"),
 )
 
@@ -352,7 +379,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
@@ -396,6 +429,8 @@ def list_images(folder):
 def to_rgb(image):
     """Any PIL image as an upright RGB one: EXIF rotation applied, 16 bits scaled to 8, transparent parts on white."""
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no range that is known")
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.has_transparency_data:
@@ -409,13 +444,15 @@ def open_image(source):
 
     Errors: ValueError that names what cannot be read.
     """
-    name = source.get("path") if isinstance(source, dict) else source
+    name = source.get("path") if isinstance(source, dict) else "of bytes" if isinstance(source, bytes) else source
     try:
         if isinstance(source, dict):
             source = source["bytes"] or source["path"]
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return to_rgb(image)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            upright = to_rgb(image)
+            upright.info["animated"] = getattr(image, "is_animated", False)
+            return upright
+    except Exception as error:  # PIL's readers raise whatever a damaged file leads them into
         raise ValueError(
             f"the image {str(name)[:200]!r} cannot be read ({error}): repair it or take it away"
         ) from error
@@ -561,21 +598,27 @@ def collate(items):
 
 
 def inspect_images(flag, images):
-    """Width and height of every image, each of which is read once. Refuses one that cannot be; names repeated ones."""
+    """Width and height of every image, each of which is read once.
+
+    Refuses one that cannot be; says which are animated and how many are copies of others.
+    """
 
     def inspect(source):
         image = open_image(source)
-        return image.size, hashlib.sha256(image.tobytes()).digest()
+        return image.size, hashlib.sha256(image.tobytes()).digest(), image.info["animated"]
 
     with ThreadPoolExecutor() as pool:
         try:
             found = list(pool.map(inspect, images))
         except ValueError as error:
             refuse(f"{flag}: {error}")
-    repeated = len(found) - len({digest for _, digest in found})
+    animated = [str(image)[:200] for image, (_, _, moves) in zip(images, found, strict=True) if moves]
+    if animated:
+        log.warning(f"{flag}: of several frames the first is used, in {', '.join(animated[:10])}")
+    repeated = len(found) - len({digest for _, digest, _ in found})
     if repeated:
         log.warning(f"{flag}: {repeated} of the {len(found)} images are copies of others")
-    return [size for size, _ in found]
+    return [size for size, _, _ in found]
 
 
 def read_folder(flag, folder):
@@ -595,17 +638,20 @@ def read_folder(flag, folder):
 def read_metadata(path, column):
     """{file name: caption} of a metadata.jsonl or metadata.csv, as the datasets library's imagefolder has it."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = (
                 [json.loads(line) for line in file if line.strip()]
                 if path.suffix == ".jsonl"
                 else [*csv.DictReader(file)]
             )
-    except ValueError as error:
+    except (OSError, ValueError, csv.Error) as error:
         refuse(f"{path} cannot be read: {error}")
     for row in rows:
-        if "file_name" not in row or column not in row:
-            refuse(f"{path}: a row has the columns {', '.join(map(str, row))}; it needs file_name and {column}")
+        if not isinstance(row, dict) or "file_name" not in row or column not in row:
+            has = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
+            refuse(f"{path}: a row has the columns {has}; it needs file_name and {column}")
+        if not isinstance(row["file_name"], str) or not isinstance(row[column], str | None):
+            refuse(f"{path}: {row['file_name']!r} has the caption {row[column]!r:.60}: both are strings")
     return {row["file_name"]: row[column] for row in rows}
 
 
@@ -622,8 +668,8 @@ def read_captions(folder, images, column):
     for image in images:
         beside = [path for path in map(image.with_suffix, CAPTION_SUFFIXES) if path.is_file()]
         try:
-            captions.append(table.get(image.name) or (beside[0].read_text(encoding="utf-8") if beside else None))
-        except ValueError as error:
+            captions.append(table.get(image.name) or (beside[0].read_text(encoding="utf-8-sig") if beside else None))
+        except (OSError, ValueError) as error:
             refuse(f"{beside[0]} is not UTF-8 text: {error}")
     return captions
 
@@ -1124,7 +1170,7 @@ MUST_MATCH = (
 MAY_DIFFER = (
     "output_dir logging_dir cache_dir report_to hub_model_id push_to_hub local_rank resume_from_checkpoint"
     " tracker_project_name tracker_run_name checkpointing_steps checkpoints_total_limit dataloader_num_workers"
-    " max_train_steps num_train_epochs validation_prompt num_validation_images validation_epochs"
+    " max_train_steps num_train_epochs validation_prompt num_validation_images validation_epochs hub_private_repo"
 ).split()
 
 
@@ -1190,11 +1236,13 @@ def save_checkpoint(args, accelerator, step):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
     folder = Path(args.output_dir, f"checkpoint-{step}")
     partial = folder.with_name(f".{folder.name}.partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
+        if accelerator.is_main_process:
+            for left in folder.parent.glob(".checkpoint-*.partial"):  # by a run that was killed
+                shutil.rmtree(left)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
         accelerator.save_state(partial)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -1215,8 +1263,9 @@ def save_checkpoint(args, accelerator, step):
             remove_old_checkpoints(args, folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
-        kept = max(list_checkpoints(args.output_dir), default="none", key=checkpoint_step)
-        sys.exit(f"{folder} could not be written ({error}): make room and resume from the last checkpoint, {kept}")
+        kept = next(whole_checkpoints(args.output_dir), ["none"])[0]
+        reason = " ".join(str(error).split())
+        sys.exit(f"{folder} could not be written ({reason}): make room and resume from the last checkpoint, {kept}")
     accelerator.wait_for_everyone()
     log.info(f"Saved {folder}")
 
@@ -1243,19 +1292,29 @@ def read_manifest(folder):
     """What a checkpoint holds. Errors: ValueError that says what is damaged."""
     try:
         manifest = json.loads(Path(folder, MANIFEST).read_text())
+        manifest["step"], manifest["seed"], manifest["flags"]["processes"]
         for name, size in manifest["files"].items():
             if not Path(folder, name).is_file():
                 raise ValueError(f"{name} is missing")
             if Path(folder, name).stat().st_size != size:
                 raise ValueError(f"{name} has {Path(folder, name).stat().st_size} bytes, not {size}")
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is not a whole checkpoint: {error}") from error
     return manifest
 
 
+def whole_checkpoints(output_dir):
+    """Folder and manifest of each checkpoint, from the newest on; one that is damaged is named and passed over."""
+    for folder in sorted(list_checkpoints(output_dir), key=checkpoint_step, reverse=True):
+        try:
+            yield folder, read_manifest(folder)
+        except ValueError as error:
+            log.warning(f"passed over: {error}")
+
+
 def find_checkpoint(args, accelerator):
     """Folder and manifest of --resume_from_checkpoint, or (None, {}) where training starts anew. Settles the seed."""
-    folder, manifest = choose_checkpoint(args)
+    folder, manifest = choose_checkpoint(args, accelerator.num_processes)
     if args.seed is None:
         seed = manifest.get("seed", random.SystemRandom().randrange(2**32))
         args.seed = broadcast_object_list([seed])[0] if accelerator.num_processes > 1 else seed
@@ -1271,7 +1330,8 @@ def find_checkpoint(args, accelerator):
     return folder, manifest
 
 
-def choose_checkpoint(args):
+def choose_checkpoint(args, processes):
+    """Folder and manifest of --resume_from_checkpoint; of `latest` the newest whole one of as many processes."""
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None, {}
@@ -1283,11 +1343,13 @@ def choose_checkpoint(args):
             return folder, read_manifest(folder)
         except ValueError as error:
             refuse(f"--resume_from_checkpoint: {error}")
-    for folder in sorted(list_checkpoints(args.output_dir), key=checkpoint_step, reverse=True):
-        try:
-            return folder, read_manifest(folder)
-        except ValueError as error:
-            log.warning(f"passed over: {error}")
+    whole = list(whole_checkpoints(args.output_dir))
+    for folder, manifest in whole:
+        if manifest["flags"]["processes"] == processes:
+            return folder, manifest
+        log.warning(f"passed over: {folder} is of {manifest['flags']['processes']} processes, not of {processes}")
+    if whole:
+        return whole[0]  # to be refused: starting anew would lose the work
     log.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, training starts anew")
     return None, {}
 
@@ -1297,7 +1359,10 @@ def resume(args, accelerator, trained, checkpoint, manifest):
     hook_weights(accelerator, trained)
     if checkpoint is None:
         return 0
-    accelerator.load_state(checkpoint)
+    try:
+        accelerator.load_state(checkpoint)
+    except Exception as error:  # a damaged file of the right size leads its reader into any
+        refuse(f"{checkpoint} cannot be loaded ({error}): take it away and resume from an older one")
     log.info(f"Resumed from {checkpoint}")
     return manifest["step"]
 
@@ -1661,7 +1726,7 @@ def hash_text(text):
 
 def describe_run(args, accelerator, step):
     """How the weights were trained: updates, time, hardware, versions, and the flags that differ from the defaults."""
-    hidden = "hub_token hub_model_id push_to_hub local_rank output_dir resume_from_checkpoint".split()
+    hidden = "hub_token hub_model_id hub_private_repo push_to_hub local_rank output_dir resume_from_checkpoint".split()
     parser, flags = build_parser(), []
     for name, value in public_flags(args).items():
         if name in hidden or value == parser.get_default(name):
@@ -1755,15 +1820,18 @@ def open_repository(args, accelerator):
     if not args.push_to_hub or not accelerator.is_main_process:
         return args.output_dir
     from httpx import HTTPError
-    from huggingface_hub import create_repo
+    from huggingface_hub import auth_check, create_repo
 
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
-        return create_repo(repository, exist_ok=True, token=args.hub_token).repo_id
+        shared = {"token": args.hub_token}
+        repository = create_repo(repository, private=args.hub_private_repo or None, exist_ok=True, **shared).repo_id
+        auth_check(repository, write=True, **shared)  # create_repo passes over one that is there and not ours
+        return repository
     except (OSError, ValueError, HTTPError) as error:
         refuse(
-            f"--push_to_hub: the repository {repository!r} cannot be created: give --hub_model_id USER/NAME and a"
-            f" token that may write, by `hf auth login` or in HF_TOKEN ({error})"
+            f"--push_to_hub: the repository {repository!r} cannot be created or written: give --hub_model_id USER/NAME"
+            f" and a token that may write, by `hf auth login` or in HF_TOKEN ({error})"
         )
 
 
@@ -1802,6 +1870,8 @@ def start_accelerator(args):
             log_with=None if args.report_to == "none" else args.report_to.split(","),
             project_config=ProjectConfiguration(args.output_dir, str(Path(folder, args.tracker_run_name or ""))),
             dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
+            # The launcher ends the others when a process dies; they may wait for long while one saves to a slow disk.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except ValueError as error:
         refuse(f"--mixed_precision {args.mixed_precision}: {error}")
@@ -1841,7 +1911,10 @@ def start_trackers(args, accelerator, step):
 
 
 def catch_signals():
-    """A list that SIGTERM, SIGINT and SIGUSR1 put their number into; a second one ends the process at once."""
+    """A list that SIGTERM, SIGINT and SIGUSR1 put their number into; a second one ends the process at once.
+
+    `accelerate launch` passes no signal on: send it to the training process, or start that by python or torchrun.
+    """
     caught = []
 
     def catch(number, frame):
@@ -1849,10 +1922,20 @@ def catch_signals():
             os._exit(128 + number)
         caught.append(number)
 
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), catch)
+    for number in stop_signals():
+        signal.signal(number, catch)
     return caught
+
+
+def stop_signals():
+    """SIGUSR1 is SLURM's warning; Windows has none."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+def outlive_signals(worker):
+    """Has a loader process leave a signal to the group to the training process, which needs its batch to finish."""
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def encode_once(args, parts, accelerator, targets, dataset, held_out):
@@ -1878,6 +1961,7 @@ def make_loader(args, accelerator, dataset, sampler):
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
+        worker_init_fn=outlive_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
     return accelerator.prepare(loader)
@@ -1918,13 +2002,15 @@ def is_sound(args, accelerator, figures, step, skipped):
     """Whether an update may reach the weights. `skipped` collects those that may not; ten in a row end the run."""
     if all(math.isfinite(value) for value in figures.values()):
         return True
-    if accelerator.scaler is not None and math.isfinite(figures["loss"]):
+    scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 0
+    if scale > 1 and math.isfinite(figures["loss"]):  # at 1 it is no longer the scale that overflows
         log.info(f"update {step}: float16 gradients overflowed, the scaler skips it and lowers its scale")
         return True
     skipped.append(step)
     log.warning(f"update {step} is skipped, {len(skipped)} so far: {figures}")
+    figures["skipped_updates"] = len(skipped)
     if skipped[-10:] == list(range(step - 9, step + 1)):
-        kept = max(list_checkpoints(args.output_dir), default="none", key=checkpoint_step)
+        kept = next(whole_checkpoints(args.output_dir), ["none"])[0]
         sys.exit(f"ten updates in a row were not finite: lower the rate, resume from the last checkpoint ({kept})")
     return False
 
@@ -1947,17 +2033,35 @@ def stop_cleanly(args, accelerator, step, number):
     sys.exit(128 + number)
 
 
+@contextlib.contextmanager
+def going_on(failed, what):
+    """Collects in `failed` what went wrong in a with block, and says so, where the run is to go on without it."""
+    try:
+        yield
+    except Exception as error:  # the weights are on disk: nothing that drawing or a tracker raises is worth them
+        failed.append(what)
+        log.error(f"{what} failed ({type(error).__name__}: {' '.join(str(error).split())})", main_process_only=False)
+
+
 def finish(args, accelerator, parts, trained, step, check, repository):
-    """Weights first, then the final images, the card and the upload."""
+    """Weights first, then the final images, the card and the upload: if one of these fails, the others are done."""
     save_result(args, accelerator, parts, trained, step)
-    paths = check(step, final=True)
+    paths, failed = [], []
+    with going_on(failed, "drawing the final images"):
+        paths = check(step, final=True)
     if accelerator.is_main_process:
-        draw_curves(args)
-        write_card(args, accelerator, repository, step, paths)
-        if args.push_to_hub:
-            push(args, repository)
-        log.info(f"The result is in {args.output_dir}")
-    accelerator.end_training()
+        with going_on(failed, "drawing the loss curves"):
+            draw_curves(args)
+        with going_on(failed, "writing the model card"):
+            write_card(args, accelerator, repository, step, paths)
+    with going_on(failed, "closing the trackers"):
+        accelerator.end_training()
+    if accelerator.is_main_process and args.push_to_hub:
+        push(args, repository)
+    if failed:
+        again = "the same command with --resume_from_checkpoint latest goes from the last checkpoint to the end again"
+        sys.exit(f"the weights are whole in {args.output_dir}, but {', '.join(failed)} failed: {again}")
+    log.info(f"The result is in {args.output_dir}")
 
 
 def main(args):

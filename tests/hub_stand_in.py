@@ -75,6 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create"),
         ("GET", r"/api/models/(?P<repository>[^/]+/[^/]+)(/revision/[^/]+)?", "info"),
         ("GET", r"/api/models/(?P<repository>[^/]+/[^/]+)/tree/[^/]+", "tree"),
+        ("GET", r"/api/models/(?P<repository>[^/]+/[^/]+)/auth-check(/write)?", "allow"),
         ("POST", r"/api/models/(?P<repository>[^/]+/[^/]+)/preupload/[^/]+", "preupload"),
         ("POST", r"/api/models/(?P<repository>[^/]+/[^/]+)/commit/[^/]+", "commit"),
         ("POST", r"/(?P<repository>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
@@ -153,6 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.add(name, {}, private)
         return self.send({"url": url, "name": name})
+
+    def allow(self, repository, name):
+        self.send({})
 
     def info(self, repository, name):
         siblings = [{"rfilename": path} for path in sorted(repository["files"])]

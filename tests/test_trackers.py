@@ -81,7 +81,6 @@ def test_tensorboard_wandb_and_the_file_agree(script, run, pictures):
         tracker_project_name="dogs",
         tracker_run_name="first",
         validation_data_dir=pictures(),
-        hub_model_id="someone/dog",
         **FLAGS,
     )
     history, captions, config, names = read_wandb(output / "logs")
@@ -92,7 +91,7 @@ def test_tensorboard_wandb_and_the_file_agree(script, run, pictures):
     for step, row in history.items():
         assert row.keys() == board[step].keys() == PLAIN | ({"validation_loss"} if step >= 2 else set())
         assert all(board[step][name] == pytest.approx(value, rel=1e-6) for name, value in row.items())
-    assert config["hub_model_id"] == "someone/dog"
+    assert config["instance_prompt"] == "a photo of sks dog"
     assert config["max_train_steps"] == 3
     assert "hub_token" not in config
     assert captions == [["0: a dog", "1: a dog"]] * 2
