@@ -115,3 +115,13 @@ def test_upcast_before_saving_changes_the_file_not_the_adapters(lora, run, tmp_p
     assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
     assert all(torch.equal(whole[key], live[key]) for key in live)
     assert all(torch.equal(whole[key].bfloat16(), half[key]) for key in half)
+
+
+def test_a_finished_run_resumed_trains_no_further(script, run, pictures, monkeypatch):
+    """Two updates end in the middle of an epoch of five."""
+    flags = {"instance_data_dir": pictures(5), "max_train_steps": 2, "checkpointing_steps": 2}
+    run(script, **flags)
+    losses, flow_losses = [], script.flow_losses
+    monkeypatch.setattr(script, "flow_losses", lambda *inputs: losses.append(0) or flow_losses(*inputs))
+    run(script, **flags, resume_from_checkpoint="latest")
+    assert losses == []
