@@ -1,0 +1,120 @@
+"""Uploads, by real command lines against the Hub's stand-in: what arrives, what stays, and where the token is not."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import SCRIPTS
+from hub_stand_in import HubStandIn
+from PIL import Image
+
+COMMON = {"README.md", "image_0.png", "image_grid.png", "validation.png", "loss.png"}
+PARTS = {
+    "transformer/config.json transformer/diffusion_pytorch_model.safetensors vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors scheduler/scheduler_config.json",
+    *(f"text_encoder{n}/config.json text_encoder{n}/model.safetensors" for n in ("", "_2", "_3")),
+    *(f"tokenizer{n}/tokenizer.json tokenizer{n}/tokenizer_config.json" for n in ("", "_2", "_3")),
+}
+RESULT = {"full": {"model_index.json", *" ".join(PARTS).split()}, "lora": {"pytorch_lora_weights.safetensors"}}
+STRAY = ("notes.txt", ".env", "faces/0.png", "optimizer.bin", "checkpoint-best/model.safetensors")
+
+
+@pytest.fixture
+def hub():
+    with HubStandIn(token="hf_SecretOfTheTest") as hub:
+        yield hub
+
+
+@pytest.fixture
+def client(hub, tmp_path):
+    """Runs a command of Python against the hub, with its token in the environment, and returns the process."""
+
+    def client(*command, token=None):
+        environment = {**os.environ, **hub.environment(tmp_path / "home", token)}
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return client
+
+
+def read_files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_push(hub, client, argv, tmp_path, kind):
+    by_flag = kind == "lora"  # the token is given in each way once: --hub_token, HF_TOKEN
+    out = tmp_path / "out"
+    for name in STRAY:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(b"mine")
+    flags = argv(
+        push_to_hub=True,
+        hub_token=hub.token if by_flag else None,
+        hub_model_id="dog" if kind == "lora" else None,
+        report_to="tensorboard",
+        checkpointing_steps=1,
+        validation_prompt="a dog",
+        num_validation_images=1,
+    )
+    done = client(SCRIPTS[kind], *flags, token="" if by_flag else None)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    repository = hub.repositories["user/dog" if kind == "lora" else "user/out"]
+    here = read_files(out)
+    uploaded = {name: data for name, data in repository["files"].items() if name != ".gitattributes"}
+    assert uploaded.keys() == COMMON | RESULT[kind]
+    assert uploaded == {name: here[name] for name in uploaded}
+    assert repository["commits"] == ["End of training"]
+    assert {token for method, _, token in hub.requests if method != "PUT"} == {hub.token}
+    # Checkpoints with the optimizer's state, and the logs, are there, and stayed there.
+    assert {"checkpoint-1/optimizer.bin", "checkpoint-2/optimizer.bin", "logs/scalars.jsonl"} <= here.keys()
+    assert any("events.out.tfevents" in name for name in here)
+    for name, data in here.items():
+        assert hub.token.encode() not in data, name
+    assert hub.token not in done.stdout + done.stderr
+
+    # The card that arrived, as printed: it fetches what was uploaded.
+    hub.requests.clear()
+    program = re.search(r"```py\n(.*?)```", uploaded["README.md"].decode(), re.DOTALL)[1]
+    done = client("-c", program)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Image.open(tmp_path / "image.png").size == (32, 32)
+    fetched = {path for method, path, _ in hub.requests if method == "GET"}
+    weights = "transformer/diffusion_pytorch_model" if kind == "full" else "pytorch_lora_weights"
+    assert any(path.startswith("/user/") and path.endswith(f"/{weights}.safetensors") for path in fetched)
+
+
+def test_no_repository_no_training(hub, client, argv):
+    done = client(SCRIPTS["lora"], *argv(push_to_hub=True), token="hf_wrong")
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "train_dreambooth_lora_sd3.py: error: --push_to_hub: the repository 'out' cannot be created"
+    )
+    assert "a token that may write, by `hf auth login` or in HF_TOKEN (Client error '401 Unauthorized'" in last
+    assert "hf_wrong" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Training" not in done.stderr
+    assert not hub.repositories
+
+
+def test_a_failed_upload_leaves_the_result_and_says_how_to_go_on(hub, client, argv, tmp_path):
+    hub.fail("/commit/", 403)
+    done = client(SCRIPTS["lora"], *argv(push_to_hub=True, hub_token=hub.token), token="")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"the result is whole in {tmp_path / 'out'}, but its upload failed" in last
+    assert f"again: hf upload user/out {tmp_path / 'out'} . --include 'README.md'" in last
+    assert "Traceback" not in done.stderr
+    assert hub.token not in done.stderr
+    assert (tmp_path / "out/pytorch_lora_weights.safetensors").is_file()
+    assert hub.repositories["user/out"]["files"] == {}
