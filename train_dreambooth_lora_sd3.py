@@ -1911,8 +1911,10 @@ def write_card(args, accelerator, repository, step, image_paths):
     """Writes the model card, README.md, with the final images as its gallery; what a person added to it stays."""
     from huggingface_hub import ModelCardData
 
-    family, license_name, license_link = name_base_model(args)
-    title, tags, usage = describe_method(args, repository)
+    (family, license_name, license_link), (title, tags, usage) = (
+        name_base_model(args),
+        describe_method(args, repository),
+    )
     prompt = args.validation_prompt or args.instance_prompt or ""
     base = str(args.pretrained_model_name_or_path)
     version = "sd3.5" if "3.5" in family else "sd3"
@@ -1967,8 +1969,7 @@ The base model's [licence]({license_link}) holds for these weights.
 
 """
     front = ModelCardData(**data).to_yaml()
-    text = f"---\n{front}\n---\n\n{text}{CARD_LINE.format(hash_text(text))}{kept}"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(f"---\n{front}\n---\n\n{text}{CARD_LINE.format(hash_text(text))}{kept}", encoding="utf-8")
 
 
 def open_repository(args, accelerator):
@@ -2069,6 +2070,14 @@ def start_trackers(args, accelerator, step):
             tracker.tracker.set_name(run)
 
 
+def prepare_models(args, accelerator, trained, total):
+    """The models as accelerate runs them, with the optimizer and its schedule over `total` updates."""
+    optimizer = make_optimizer(args, accelerator, trained)
+    schedule = make_schedule(args, accelerator, optimizer, total)
+    *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
+    return dict(zip(trained, models, strict=True)), optimizer, schedule
+
+
 def catch_signals():
     """A list that SIGTERM, SIGINT and SIGUSR1 put their number into; a second one ends the process at once.
 
@@ -2112,8 +2121,9 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     return embed, vae.to(resting_device(args, accelerator))
 
 
-def make_loader(args, accelerator, dataset, sampler):
-    """Batches on the device, this process's share of them."""
+def make_loader(args, accelerator, dataset):
+    """Batches on the device, this process's share of them, and the sampler that orders them."""
+    sampler = EpochSampler(dataset, args.train_batch_size, accelerator.num_processes, args.seed)
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -2123,7 +2133,7 @@ def make_loader(args, accelerator, dataset, sampler):
         worker_init_fn=outlive_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
-    return accelerator.prepare(loader)
+    return accelerator.prepare(loader), sampler
 
 
 def make_schedule(args, accelerator, optimizer, total):
@@ -2138,14 +2148,23 @@ def make_schedule(args, accelerator, optimizer, total):
     )
 
 
+def first_epoch(step, updates, total):
+    """The epoch that training goes on in: that of the last update done, so that its validation is not missed.
+
+    A finished run has none left.
+    """
+    return max(step - 1, 0) // updates if step < total else total
+
+
 def read_update(args, accelerator, seen, norm, caught):
     """Figures of an update, averaged over its batches and the processes, and the signal that any process caught.
 
     `seen` has a tensor (2,) of instance and prior loss a batch. This is where the host waits for the device, once an
     update. Returns {name: float} and the signal's number or 0.
     """
-    others = torch.tensor([norm, *(caught[:1] or [0])], device=seen[0].device)
-    row = torch.cat([torch.stack(seen).mean(dim=0), others])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: each process has a part of it
+    others = [torch.as_tensor(value).to(seen[0]).view(1) for value in (norm, *(caught[:1] or [0]))]
+    row = torch.cat([torch.stack(seen).mean(dim=0), *others])
     if accelerator.num_processes > 1:
         rows = accelerator.gather(row[None])
         row = torch.cat([rows[:, :3].mean(dim=0), rows[:, 3].amax(dim=0, keepdim=True)])
@@ -2234,14 +2253,11 @@ def main(args):
     embed, vae = encode_once(args, parts, accelerator, targets, dataset, held_out)
     trained = load_trained(args, parts, accelerator, targets)
 
-    optimizer = make_optimizer(args, accelerator, trained)
-    sampler = EpochSampler(dataset, args.train_batch_size, accelerator.num_processes, args.seed)
-    loader = make_loader(args, accelerator, dataset, sampler)
+    loader, sampler = make_loader(args, accelerator, dataset)
     updates = math.ceil(len(loader) / args.gradient_accumulation_steps)  # an epoch
     total = args.max_train_steps or args.num_train_epochs * updates
-    schedule = make_schedule(args, accelerator, optimizer, total)
-    *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
-    embed.trained = trained = dict(zip(trained, models, strict=True))
+    trained, optimizer, schedule = prepare_models(args, accelerator, trained, total)
+    embed.trained, models = trained, list(trained.values())
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
     average = follow_average(args, accelerator, parameters, optimizer)
     step = resume(args, accelerator, trained, checkpoint, manifest)
@@ -2252,8 +2268,7 @@ def main(args):
     check = functools.partial(validate, args, accelerator, trained, vae, scheduler, embed, held_out)
     caught, seen, skipped, sound = catch_signals(), [], [], True
     bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
-    first = max(step - 1, 0) // updates if step < total else total  # a finished run has nothing left
-    for epoch in range(first, math.ceil(total / updates)):
+    for epoch in range(first_epoch(step, updates, total), math.ceil(total / updates)):
         sampler.epoch, sampler.start = epoch, max(step - epoch * updates, 0) * args.gradient_accumulation_steps
         for batch in loader:
             with accelerator.accumulate(*models):
@@ -2273,16 +2288,15 @@ def main(args):
                     optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-            if not accelerator.sync_gradients:
-                continue
-            step += 1
-            log_update(args, accelerator, bar, optimizer, schedule, figures, step)
-            if stop or step % args.checkpointing_steps == 0:
-                save_checkpoint(args, accelerator, step)
-            if stop:
-                stop_cleanly(args, accelerator, step, stop)
-            if step >= total:
-                break
+            if accelerator.sync_gradients:
+                step += 1
+                log_update(args, accelerator, bar, optimizer, schedule, figures, step)
+                if stop or step % args.checkpointing_steps == 0:
+                    save_checkpoint(args, accelerator, step)
+                if stop:
+                    stop_cleanly(args, accelerator, step, stop)
+                if step >= total:
+                    break
         if epoch % args.validation_epochs == 0:
             with averaged(average, parameters):
                 check(step)
