@@ -1,8 +1,14 @@
 """What lets a script run alone: its inline metadata (PEP 723) and the requirements that it repeats."""
 
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
+from importlib.metadata import version
 
+import pytest
 from conftest import ROOT
 
 REQUIREMENTS = [line for line in (ROOT / "requirements_sd3.txt").read_text().splitlines() if not line.startswith("#")]
@@ -23,20 +29,38 @@ def test_metadata_is_the_requirements(script_path):
     assert 'target-version = "py311"' in (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.parametrize("path", ["README.md", "demo/launch/train.sbatch", "demo/launch/skypilot.yaml"])
+def test_remote_commands_have_flags_that_there_are(path, lora):
+    text = (ROOT / path).read_text().replace("\\\n", " ")
+    if path == "README.md":
+        text = re.search(r"^hf jobs uv run .*$", text, flags=re.MULTILINE)[0]
+    (command,) = [line for line in text.splitlines() if "train_dreambooth_lora_sd3.py --" in " ".join(line.split())]
+    words = shlex.split(command.split("train_dreambooth_lora_sd3.py")[1])
+    args = lora.build_parser().parse_args(words)
+    assert args.instance_prompt == "a photo of sks dog"
+
+
+def test_sbatch_requeues_a_run_that_its_signal_stopped(tmp_path):
+    """With srun and scontrol of a few words: the signal's exit code leads back into the queue, another does not."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text("")
+    script = ROOT / "demo" / "launch" / "train.sbatch"
+    for code, requeued in ((138, True), (0, False), (1, False)):
+        tools = f'srun() {{ return {code}; }}; scontrol() {{ echo "$@"; }}; export -f srun scontrol; '
+        command = ["bash", "-c", f"{tools} SLURM_JOB_ID=7 bash {script}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert (done.stdout == "requeue 7\n") is requeued
+
+
 def test_requirements_are_what_is_installed():
     """The versions that the tests ran with are those that are promised."""
-    from importlib.metadata import version
-
     pinned = dict(line.split("==") for line in REQUIREMENTS if line)
     assert {name: version(name).split("+")[0] for name in pinned} == pinned
 
 
-def test_a_script_imports_nothing_of_the_repository(script_path, tmp_path, launch):
+def test_a_script_imports_nothing_of_the_repository(script_path, tmp_path):
     """Copied alone into an empty folder it answers --help."""
-    import shutil
-    import subprocess
-    import sys
-
     copy = shutil.copy(script_path, tmp_path)
     command = [sys.executable, copy, "--help"]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -99,7 +99,7 @@ def test_recipe(output_dir, expected):
 
 def test_every_flag_that_is_named_exists():
     known = {"--multi_gpu", "--config_file", "--num_processes", "--other", "--size", "--help"}
-    known |= {"--repo-type", "--local-dir", "--logdir"}
+    known |= {"--repo-type", "--local-dir", "--logdir", "--flavor", "--timeout", "--secret", "--secrets", "--volume"}
     for kind in ("full", "lora"):
         known |= set(load_script(kind).build_parser()._option_string_actions)
     named = set(re.findall(r"(?<![\w-])--[a-z0-9][\w-]*", TEXT))
@@ -154,7 +154,10 @@ def test_parts_that_a_newcomer_looks_for():
         "Data",
         "Low memory",
         "Several GPUs",
+        "Anywhere, with one command",
+        "What is logged",
         "Stopping and resuming",
+        "What is in the LoRA file",
         "Using the result in diffusers",
         "Benchmarks",
         "Differences from upstream",
