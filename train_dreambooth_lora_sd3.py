@@ -1920,22 +1920,21 @@ def write_card(args, accelerator, repository, step, image_paths):
     version = "sd3.5" if "3.5" in family else "sd3"
     path = Path(args.output_dir, "README.md")
     added, kept = read_card(path)
-    data = ModelCardData(
-        base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base model is no id
-        base_model_relation=None if Path(base).is_dir() else "adapter" if "lora" in tags else "finetune",
-        license="other",
-        license_name=license_name,
-        license_link=license_link,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers-training", "diffusers", version, f"{version}-diffusers", *tags],
-        instance_prompt=args.instance_prompt,
-        widget=[{"text": prompt, "output": {"url": path.name}} for path in image_paths] or None,
-    )
+    data = {
+        "license": "other",
+        "license_name": license_name,
+        "license_link": license_link,
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers-training", "diffusers", version, f"{version}-diffusers", *tags],
+        "instance_prompt": args.instance_prompt,
+        "widget": [{"text": prompt, "output": {"url": path.name}} for path in image_paths] or None,
+    }
+    if not Path(base).is_dir():  # the Hub refuses a card whose base model is no id
+        data |= {"base_model": base, "base_model_relation": "adapter" if "lora" in tags else "finetune"}
     encoders = f", with {' and '.join(TRAINED_ENCODERS)}" if args.train_text_encoder else ""
     trigger = f"Write `{args.instance_prompt}` in a prompt to see the subject." if args.instance_prompt else ""
-    data = {**added, **data.to_dict()}
-    data["tags"] = list(dict.fromkeys(data["tags"] + added.get("tags", [])))
+    data = {**added, **data, "tags": list(dict.fromkeys(data["tags"] + added.get("tags", [])))}
     strip = f"![First image of each validation]({STRIP})\n" if image_paths else ""
     curves = f"![Loss of the updates]({CURVES})\n" if Path(args.output_dir, CURVES).is_file() else ""
     text = f"""# {title}
@@ -2035,6 +2034,8 @@ def start_accelerator(args):
         )
     except ValueError as error:
         refuse(f"--mixed_precision {args.mixed_precision}: {error}")
+    if accelerator.state.deepspeed_plugin is not None:  # it wants a number, and batches here differ in length
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     engine = accelerator.distributed_type.value
     if args.use_ema and engine in ("FSDP", "DEEPSPEED"):
         refuse(f"--use_ema needs the whole weights on each process, {engine} splits them")
@@ -2070,8 +2071,9 @@ def start_trackers(args, accelerator, step):
             tracker.tracker.set_name(run)
 
 
-def prepare_models(args, accelerator, trained, total):
-    """The models as accelerate runs them, with the optimizer and its schedule over `total` updates."""
+def prepare_models(args, parts, accelerator, targets, total):
+    """The models to train as accelerate runs them, with the optimizer and its schedule over `total` updates."""
+    trained = load_trained(args, parts, accelerator, targets)
     optimizer = make_optimizer(args, accelerator, trained)
     schedule = make_schedule(args, accelerator, optimizer, total)
     *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
@@ -2101,9 +2103,11 @@ def stop_signals():
 
 
 def outlive_signals(worker):
-    """Has a loader process leave a signal to the group to the training process, which needs its batch to finish."""
-    for number in stop_signals():
-        signal.signal(number, signal.SIG_IGN)
+    """Has a loader process leave signals to the training process, which needs its batches to finish the update."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C and a launcher signal the whole group
+    for number in stop_signals():  # torch itself ends the process by SIGTERM
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 def encode_once(args, parts, accelerator, targets, dataset, held_out):
@@ -2251,12 +2255,11 @@ def main(args):
     repository = open_repository(args, accelerator)
     dataset, held_out = read_dataset(args, parts, accelerator), read_held_out(args)
     embed, vae = encode_once(args, parts, accelerator, targets, dataset, held_out)
-    trained = load_trained(args, parts, accelerator, targets)
 
     loader, sampler = make_loader(args, accelerator, dataset)
     updates = math.ceil(len(loader) / args.gradient_accumulation_steps)  # an epoch
     total = args.max_train_steps or args.num_train_epochs * updates
-    trained, optimizer, schedule = prepare_models(args, accelerator, trained, total)
+    trained, optimizer, schedule = prepare_models(args, parts, accelerator, targets, total)
     embed.trained, models = trained, list(trained.values())
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
     average = follow_average(args, accelerator, parameters, optimizer)
