@@ -1,0 +1,108 @@
+"""A loss or a gradient that is not finite never reaches the weights; the scaler's own skips are told apart."""
+
+import json
+import logging
+import math
+import types
+
+import pytest
+import torch
+from conftest import isolated
+
+
+@pytest.fixture
+def poison(script, monkeypatch):
+    """Makes the losses of some updates, batch 1 and no accumulation, bad: of value, or of gradient alone."""
+
+    def poison(updates, gradient_alone=False):
+        original, calls = script.flow_losses, []
+
+        def flow_losses(*args):
+            losses = original(*args)
+            calls.append(None)
+            if len(calls) not in updates:
+                return losses
+            if gradient_alone:
+                losses.register_hook(lambda gradient: gradient * math.inf)
+                return losses
+            return losses * math.nan
+
+        monkeypatch.setattr(script, "flow_losses", flow_losses)
+
+    return poison
+
+
+def read_rows(folder):
+    return [json.loads(line) for line in (folder / "logs/scalars.jsonl").read_text().splitlines()]
+
+
+def read_weights(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*.safetensors")
+        if "transformer" in str(path) or "lora" in path.name
+    }
+
+
+@pytest.mark.parametrize("gradient_alone", [False, True])
+def test_a_bad_update_is_skipped_counted_and_logged(script, run, poison, tmp_path, caplog, gradient_alone):
+    poison({2, 4}, gradient_alone)
+    with caplog.at_level(logging.WARNING):
+        folder = run(script, max_train_steps=4, checkpointing_steps=1)
+    assert "update 2 is skipped, 1 so far: {'loss': " in caplog.text
+    assert "update 4 is skipped, 2 so far: {'loss': " in caplog.text
+    assert {row["step"]: row["skipped_updates"] for row in read_rows(folder) if "skipped_updates" in row} == {
+        2: 1,
+        4: 2,
+    }
+    weights = [read_weights(folder / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
+    assert weights[0] == weights[1] != weights[2] == weights[3]
+    assert (folder / "checkpoint-1/optimizer.bin").stat().st_size > 0
+
+
+def test_ten_in_a_row_end_the_run(script, argv, poison, tmp_path):
+    poison({2, *range(4, 40)})
+    with isolated(), pytest.raises(SystemExit) as end:
+        script.main(script.parse_args(argv(max_train_steps=30, checkpointing_steps=3)))
+    kept = tmp_path / "out/checkpoint-12"
+    assert end.value.code == (
+        f"ten updates in a row were not finite: lower the rate, resume from the last checkpoint ({kept})"
+    )
+    assert not (tmp_path / "out/checkpoint-15").exists()
+    assert read_weights(kept) == read_weights(tmp_path / "out/checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("scale", "loss", "norm", "sound"),
+    [
+        (None, 1.0, 1.0, True),
+        (None, 1.0, math.inf, False),
+        (None, math.nan, 1.0, False),
+        (65536.0, 1.0, math.inf, True),  # the scaler skips it by itself and halves its scale
+        (65536.0, 1.0, math.nan, True),
+        (65536.0, math.nan, math.nan, False),
+        (1.0, 1.0, math.inf, False),  # no scale is left that could have done it
+    ],
+)
+def test_whose_skip_it_is(script, monkeypatch, caplog, tmp_path, scale, loss, norm, sound):
+    scaler = None if scale is None else types.SimpleNamespace(get_scale=lambda: scale)
+    accelerator, skipped = types.SimpleNamespace(scaler=scaler), []
+    monkeypatch.setattr(script, "log", logging.getLogger("skips"))
+    with caplog.at_level(logging.INFO):
+        found = script.is_sound(
+            types.SimpleNamespace(output_dir=tmp_path), accelerator, {"loss": loss, "grad_norm": norm}, 5, skipped
+        )
+    assert found is sound
+    assert skipped == ([] if sound else [5])
+    assert ("the scaler skips it" in caplog.text) == (sound and not math.isfinite(norm))
+
+
+def test_a_real_scaler_skips_and_halves():
+    """What `is_sound` relies on: torch's scaler leaves the weights alone and halves its scale."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(weight.sum() * math.inf).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert (scaler.get_scale(), weight.tolist()) == (2.0, [1.0, 1.0])
