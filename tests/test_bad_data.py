@@ -1,0 +1,194 @@
+"""Any image file is used right or named in a message, and any command line parsed or refused in one line."""
+
+import io
+import logging
+import os
+import resource
+
+import numpy as np
+import pytest
+import torch
+from conftest import isolated
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+def encode(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def rotated():
+    """A picture 4 wide and 2 high whose EXIF turns it upright: its left half, red, comes to lie above."""
+    image = Image.new("RGB", (32, 16), "blue")
+    image.paste("red", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    return encode(image, exif=exif)
+
+
+def palette():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    return encode(image)
+
+
+# Bytes of an image, its size in pixels, and the colour of its first pixel.
+GOOD = {
+    "one pixel": (encode(Image.new("RGB", (1, 1), (9, 8, 7))), (1, 1), (9, 8, 7)),
+    "panorama": (encode(Image.new("RGB", (20000, 10), (1, 2, 3))), (20000, 10), (1, 2, 3)),
+    "cmyk": (encode(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), (4, 4), (255, 0, 0)),
+    "16 bit": (encode(Image.fromarray(np.full((4, 4), 0x8080, np.uint16))), (4, 4), (128, 128, 128)),
+    "palette": (palette(), (4, 4), (10, 200, 30)),
+    "rotated": (rotated(), (16, 32), (255, 0, 0)),
+    "transparent": (encode(Image.new("RGBA", (4, 4), (255, 0, 0, 0))), (4, 4), (255, 255, 255)),
+    "grey, alpha": (encode(Image.new("LA", (4, 4), (0, 255))), (4, 4), (0, 0, 0)),
+    "black and white": (encode(Image.new("1", (4, 4), 1)), (4, 4), (255, 255, 255)),
+    "animated": (
+        encode(
+            Image.new("RGB", (4, 4), (255, 0, 0)),
+            "GIF",
+            save_all=True,
+            append_images=[Image.new("RGB", (4, 4), (0, 0, 255))],
+        ),
+        (4, 4),
+        (255, 0, 0),
+    ),
+}
+PNG = encode(Image.fromarray(np.arange(48 * 48 * 3, dtype=np.uint8).reshape(48, 48, 3)))
+BAD = {
+    "empty": b"",
+    "truncated": PNG[: len(PNG) // 2],
+    "text": b"not an image",
+    "bomb": encode(Image.new("1", (20000, 20000))),
+    "floating point": encode(Image.new("F", (4, 4), 0.5), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_used_right(script, name):
+    data, size, pixel = GOOD[name]
+    image = script.open_image(data)
+    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", size, pixel)
+    crop = script.crop_image(image, (32, 48), torch.Generator().manual_seed(0), False, True)
+    assert crop.shape == (3, 32, 48)
+    assert torch.isfinite(crop).all()
+    assert crop.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_named(script, capsys, tmp_path, name):
+    path = tmp_path / "broken.png"
+    path.write_bytes(BAD[name])
+    with pytest.raises(SystemExit) as end:
+        script.inspect_images("--instance_data_dir", [path])
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"error: --instance_data_dir: the image '{path}' cannot be read (" in lines[0]
+    assert lines[0].endswith("repair it or take it away")
+
+
+def test_said_of_an_animation(script, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(script, "log", logging.getLogger("data"))
+    (tmp_path / "still.png").write_bytes(PNG)
+    (tmp_path / "moving.gif").write_bytes(GOOD["animated"][0])
+    assert script.inspect_images("--x", sorted(tmp_path.iterdir())) == [(4, 4), (48, 48)]
+    assert caplog.messages == [f"--x: of several frames the first is used, in {tmp_path / 'moving.gif'}"]
+
+
+def test_what_is_no_image_is_passed_over(script, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(script, "log", logging.getLogger("data"))
+    (tmp_path / "dog.PNG").write_bytes(PNG)
+    (tmp_path / "dog.txt").write_text("a caption")
+    (tmp_path / ".hidden.png").write_bytes(PNG)
+    (tmp_path / "nested.png").mkdir()
+    (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    assert script.read_folder("--x", tmp_path) == [tmp_path / "dog.PNG"]
+    assert caplog.messages == [f"--x {tmp_path}: passed over .hidden.png, loop.png, nested.png, nowhere.png"]
+
+
+@pytest.mark.parametrize(
+    "caption", ["a \U0001f436 dog", "a\x00\x07\x1b[31m dog", "word " * 10_000, "", "\n\n", "\ufeffa dog"]
+)
+def test_captions(script, tmp_path, caption):
+    path = tmp_path / "dog.png"
+    path.write_bytes(PNG)
+    path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    assert script.read_captions(tmp_path, [path], None) == [caption.removeprefix("\ufeff")]
+
+
+@pytest.mark.parametrize(
+    "text", ["3", "[1]", '{"file_name": 3, "text": "a"}', '{"file_name": "dog.png", "text": 3}', "{", "{}"]
+)
+def test_metadata_that_is_none(script, tmp_path, capsys, text):
+    path = tmp_path / "metadata.jsonl"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        script.read_metadata(path, "text")
+    assert end.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_three_thousand_images_with_few_open_files(script, tmp_path):
+    data = encode(Image.new("RGB", (2, 2), "red"))
+    for number in range(3000):
+        (tmp_path / f"{number:04}.png").write_bytes(data)
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        images = script.read_folder("--x", tmp_path)
+        script.log = logging.getLogger("data")
+        os._exit(0 if script.inspect_images("--x", images) == [(2, 2)] * 3000 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@given(data=st.data())
+@settings(max_examples=60, **FUZZ)
+def test_fuzz_images(lora, data):
+    """Bytes that were an image: an RGB image or a ValueError that says so."""
+    base = data.draw(st.sampled_from([PNG, *(bytes for bytes, _, _ in GOOD.values() if len(bytes) < 5000)]))
+    place = data.draw(st.integers(0, len(base)))
+    changed = base[:place] + data.draw(st.binary(max_size=12)) + base[place + data.draw(st.integers(0, 8)) :]
+    try:
+        image = lora.open_image(changed)
+    except ValueError as error:
+        assert "cannot be read" in str(error)
+        return
+    size = data.draw(st.sampled_from([(16, 16), (32, 16), (16, 64)]))
+    if image.width * image.height < 1_000_000:
+        assert lora.crop_image(image, size, torch.Generator().manual_seed(0), False, True).shape == (3, *size)
+
+
+FLAGS = ["--rank", "--seed", "--resolution", "--learning_rate", "--report_to", "--output_dir", "--logging_dir"]
+FLAGS += [
+    "--optimizer",
+    "--aspect_ratio_buckets",
+    "--use_aspect_ratio_buckets",
+    "--prodigy_decouple",
+    "--max_grad_norm",
+]
+FLAGS += ["--instance_prompt", "--with_prior_preservation", "--class_data_dir", "--class_prompt", "--lr_scheduler"]
+
+
+@given(
+    words=st.lists(
+        st.one_of(
+            st.sampled_from(FLAGS), st.text(max_size=8), st.sampled_from(["0", "-1", "nan", "1e999", "512", "1_0"])
+        ),
+        max_size=6,
+    )
+)
+@settings(max_examples=60, **FUZZ)
+def test_fuzz_flags(lora, tmp_path_factory, words):
+    known = ["--pretrained_model_name_or_path", "x", "--instance_data_dir", str(tmp_path_factory.getbasetemp())]
+    with isolated():
+        try:
+            lora.parse_args(known + words)
+        except SystemExit as end:
+            assert end.code in (0, 2)
