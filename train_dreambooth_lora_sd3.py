@@ -396,6 +396,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -1833,12 +1834,17 @@ def save_for_comfyui(accelerator, trained, folder, dtype):
 UPLOADED = [WEIGHTS, COMFYUI_WEIGHTS]
 
 
+def absent_parts(args):
+    """Parts that diffusers has to be told not to expect, {name: None}: T5 and its tokenizer where there are none."""
+    return {name: None for name in ("text_encoder_3", "tokenizer_3") if name not in read_pipeline(args)}
+
+
 def describe_method(args, repository):
     """Title and tags of the model card, and the lines of its program that load the pipeline."""
     title = f"SD3 DreamBooth LoRA - {repository}"
     tags = ["lora", "template:sd-lora"]
     options = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}
-    options |= {"text_encoder_3": None, "tokenizer_3": None} if args.no_t5 else {}
+    options |= absent_parts(args)
     base = ", ".join([repr(args.pretrained_model_name_or_path), *(f"{key}={options[key]!r}" for key in options)])
     usage = f"pipeline = StableDiffusion3Pipeline.from_pretrained({base}, dtype=dtype)\n"
     usage += f"pipeline.load_lora_weights({repository!r})\n"
@@ -2030,7 +2036,11 @@ def start_accelerator(args):
             project_config=ProjectConfiguration(args.output_dir, str(Path(folder, args.tracker_run_name or ""))),
             dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
             # The launcher ends the others when a process dies; they may wait for long while one saves to a slow disk.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+                # The one buffer is the table of positions, 226 MB in SD3 Medium; it never changes.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
         )
     except ValueError as error:
         refuse(f"--mixed_precision {args.mixed_precision}: {error}")

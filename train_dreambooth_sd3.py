@@ -381,6 +381,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -1678,11 +1679,17 @@ UPLOADED = [
 ]
 
 
+def absent_parts(args):
+    """Parts that diffusers has to be told not to expect, {name: None}: T5 and its tokenizer where there are none."""
+    return {name: None for name in ("text_encoder_3", "tokenizer_3") if name not in read_pipeline(args)}
+
+
 def describe_method(args, repository):
     """Title and tags of the model card, and the lines of its program that load the pipeline."""
     title = f"SD3 DreamBooth - {repository}"
     tags = []
-    usage = f"pipeline = StableDiffusion3Pipeline.from_pretrained({repository!r}, dtype=dtype)\n"
+    source = ", ".join([repr(repository), *(f"{name}=None" for name in absent_parts(args))])
+    usage = f"pipeline = StableDiffusion3Pipeline.from_pretrained({source}, dtype=dtype)\n"
     return title, tags, usage
 
 
@@ -1871,7 +1878,11 @@ def start_accelerator(args):
             project_config=ProjectConfiguration(args.output_dir, str(Path(folder, args.tracker_run_name or ""))),
             dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
             # The launcher ends the others when a process dies; they may wait for long while one saves to a slow disk.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+                # The one buffer is the table of positions, 226 MB in SD3 Medium; it never changes.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
         )
     except ValueError as error:
         refuse(f"--mixed_precision {args.mixed_precision}: {error}")
