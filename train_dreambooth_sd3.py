@@ -399,6 +399,7 @@ from diffusers.training_utils import (
     generate_aspect_ratio_buckets,
     parse_buckets_string,
 )
+from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
@@ -1715,8 +1716,6 @@ def read_card(path):
 
     That is what stands below the line, and all of the text if a person has changed it above the line or wrote it all.
     """
-    from huggingface_hub import ModelCard
-
     if not path.is_file():
         return {}, "\n"
     card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
@@ -1757,8 +1756,6 @@ def describe_run(args, accelerator, step):
 
 def write_card(args, accelerator, repository, step, image_paths):
     """Writes the model card, README.md, with the final images as its gallery; what a person added to it stays."""
-    from huggingface_hub import ModelCardData
-
     (family, license_name, license_link), (title, tags, usage) = (
         name_base_model(args),
         describe_method(args, repository),

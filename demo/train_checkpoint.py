@@ -350,7 +350,7 @@ def main():
     parser.add_argument("--output", type=Path, default=HERE / "tiny-sd3", help="Where the pipeline is written.")
     parser.add_argument("--vae_steps", type=int, default=1200)
     parser.add_argument("--decoder_steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--stage", choices=("decoder", "transformer"), help="Run the first two stages and this one.")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
