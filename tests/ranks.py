@@ -74,7 +74,8 @@ def run_case(case):
         record.watch(monkeypatch, script)
         try:
             script.main(script.parse_args(case["argv"]))
-            record["processes"] = AcceleratorState().num_processes
+            state = AcceleratorState()
+            record |= {"processes": state.num_processes, "engine": state.distributed_type.value}
         finally:
             torch.save(dict(record), f"{case['record']}.{os.environ.get('RANK', 0)}")
             AcceleratorState._reset_state(reset_partial_state=True)
