@@ -2218,7 +2218,7 @@ def stop_cleanly(args, accelerator, step, number):
     accelerator.end_training()
     if accelerator.is_main_process:
         name, folder = signal.Signals(number).name, Path(args.output_dir, f"checkpoint-{step}")
-        print(f"{name}: saved {folder}; add --resume_from_checkpoint latest to go on", file=sys.stderr)
+        tqdm.write(f"{name}: saved {folder}; add --resume_from_checkpoint latest to go on", file=sys.stderr)
     sys.exit(128 + number)
 
 
