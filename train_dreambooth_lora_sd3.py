@@ -1981,7 +1981,6 @@ def open_repository(args, accelerator):
     """
     if not args.push_to_hub or not accelerator.is_main_process:
         return args.output_dir
-    from httpx import HTTPError
     from huggingface_hub import auth_check, create_repo
 
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -1990,7 +1989,7 @@ def open_repository(args, accelerator):
         repository = create_repo(repository, private=args.hub_private_repo or None, exist_ok=True, **shared).repo_id
         auth_check(repository, write=True, **shared)  # create_repo passes over one that is there and not ours
         return repository
-    except (OSError, ValueError, HTTPError) as error:
+    except Exception as error:  # also those of whichever HTTP client the Hub's library uses
         refuse(
             f"--push_to_hub: the repository {repository!r} cannot be created or written: give --hub_model_id USER/NAME"
             f" and a token that may write, by `hf auth login` or in HF_TOKEN ({error})"
@@ -1999,7 +1998,6 @@ def open_repository(args, accelerator):
 
 def push(args, repository):
     """Uploads weights, card and images, and nothing else of the folder: no checkpoint, no log, no file of yours."""
-    from httpx import HTTPError
     from huggingface_hub import upload_folder
 
     patterns = ["README.md", *UPLOADED, "image_[0-9]*.png", "image_grid.png", STRIP, CURVES]
@@ -2011,7 +2009,7 @@ def push(args, repository):
             allow_patterns=patterns,
             token=args.hub_token,
         )
-    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+    except Exception as error:  # nothing may hide that the result is whole
         again = f"hf upload {repository} {args.output_dir} . " + " ".join(f"--include '{name}'" for name in patterns)
         reason = " ".join(str(error).split())
         sys.exit(f"the result is whole in {args.output_dir}, but its upload failed ({reason}); again: {again}")

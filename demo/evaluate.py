@@ -26,7 +26,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "tiny-sd3"
-STEPS, GUIDANCE, TOKENS = 28, 4.0, 12
+STEPS, GUIDANCE, TOKENS = 28, 2.5, 12
 
 
 def load_pipeline(folder=BASE):

@@ -46,6 +46,7 @@ def write_card(script, args, images):
 )
 def test_base_model(script, argv, tmp_path, monkeypatch, config, model, family, page, version):
     monkeypatch.setattr(script, "read_transformer_config", lambda args: config)
+    monkeypatch.setattr(script, "read_pipeline", lambda args: dict.fromkeys(["text_encoder_3", "tokenizer_3"]))
     args = script.parse_args(argv(pretrained_model_name_or_path=model, output_dir=tmp_path))
     write_card(script, args, [])
     header, text, program = read_card(tmp_path / "README.md")

@@ -72,6 +72,7 @@ def test_how_it_was_trained(write, pictures):
 
 
 def test_relation_to_the_base_model(write, monkeypatch, lora):
+    monkeypatch.setattr(lora, "read_pipeline", lambda args: dict.fromkeys(["text_encoder_3", "tokenizer_3"]))
     monkeypatch.setattr(lora, "name_base_model", lambda args: ("Stable Diffusion 3 Medium", "x", "https://x"))
     data = ModelCard(write(pretrained_model_name_or_path="someone/sd3")).data
     assert (data.base_model, data.base_model_relation) == ("someone/sd3", "adapter")
