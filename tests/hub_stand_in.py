@@ -9,6 +9,7 @@ settings when it is imported, so a client has to be a process of its own, with `
 """
 
 import base64
+import hashlib
 import json
 import re
 import threading
@@ -216,4 +217,6 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, repository, name, path):
         if path not in repository["files"]:
             return self.send_error_code(404, "EntryNotFound")
-        return self.send(repository["files"][path], headers={"ETag": f'"{COMMIT}"', "X-Repo-Commit": COMMIT})
+        data = repository["files"][path]  # the client keeps one file an ETag
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        return self.send(data, headers={"ETag": etag, "X-Repo-Commit": COMMIT})

@@ -138,7 +138,10 @@ def test_zero_where_it_makes_sense(script, refused, argv, name):
             {"lora_layers": "attn.to_q,attn.to_x"},
             "--lora_layers: no layer is named 'attn.to_x'; there are attn.add_k_",
         ),
-        ({"lora_blocks": "1", "lora_layers": "attn.to_add_out"}, "--lora_blocks: block 1 has none of --lora_layers"),
+        (
+            {"lora_blocks": "1", "lora_layers": "attn.to_add_out"},  # the last block has none
+            "--lora_layers: no layer is named 'attn.to_add_out'; there are attn.add_k_proj",
+        ),
     ],
 )
 def test_lora_refused(refused, flags, message):
