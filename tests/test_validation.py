@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections import Counter
 
 import numpy as np
@@ -150,11 +151,10 @@ def test_wandb_offline(script, run):
     flags = {"num_train_epochs": 1, "num_validation_images": 2, "report_to": "wandb", "hub_token": None}
     output = run(script, **SETTINGS | flags)
     (path,) = (output / "logs").rglob("run-*.wandb")
-    rows = []
-    for record in wandb_records(path):
-        if record.WhichOneof("record_type") == "history":
-            row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            rows.append(row)
+    rows, patience = [], time.monotonic() + 30
+    while not any("loss" in row for row in rows) and time.monotonic() < patience:  # another process writes the file
+        records = [record for record in wandb_records(path) if record.WhichOneof("record_type") == "history"]
+        rows = [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item} for r in records]
     logged = {key: value for row in rows for key, value in row.items()}
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 2 and all(np.isfinite(losses))
