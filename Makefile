@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CODE := train_dreambooth_sd3.py train_dreambooth_lora_sd3.py tests demo
+CODE := train_dreambooth_sd3.py train_dreambooth_lora_sd3.py tests demo benchmarks
 
 .PHONY: demo test check format
 
