@@ -156,3 +156,17 @@ def refusal(script, argv, run, capsys, tmp_path):
         return lines[0]
 
     return refusal
+
+
+def test_every_way_to_name_a_checkpoint(script, run, argv, tmp_path):
+    out = run(script, checkpointing_steps=1)
+    elsewhere = tmp_path / "kept"
+    shutil.copytree(out / "checkpoint-1", elsewhere)
+    ways = ["checkpoint-1", f"{out}/checkpoint-1", f"{out}/checkpoint-1/", "checkpoint-1/", str(elsewhere)]
+    for way in ways:
+        args = script.parse_args(argv(resume_from_checkpoint=way))
+        folder, manifest = script.choose_checkpoint(args)
+        assert manifest["step"] == 1, way
+        assert folder == (elsewhere if way == str(elsewhere) else out / "checkpoint-1")
+    newest, manifest = script.choose_checkpoint(script.parse_args(argv(resume_from_checkpoint="latest")))
+    assert (newest, manifest["step"]) == (out / "checkpoint-2", 2)

@@ -1,10 +1,11 @@
 """A signal ends a run at the end of the update, with a checkpoint from which it goes on as if nothing had been."""
 
+import json
 import os
 import signal
 
 import pytest
-from conftest import isolated
+from conftest import ROOT, isolated
 from test_resume import read_run
 
 NUMBERS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138}
@@ -54,3 +55,29 @@ def test_a_second_signal_ends_at_once(script):
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+
+
+@pytest.mark.slow
+def test_all_processes_stop_at_the_update_at_which_one_is_told(argv, launch, tmp_path):
+    """The second process alone gets SIGTERM in its second update; both save checkpoint-2 and end."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_dreambooth_lora_sd3 as script\n"
+        "split, calls = script.split_losses, []\n"
+        "def told(*rest):\n"
+        "    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return split(*rest)\n"
+        "script.split_losses = told\n"
+        "try:\n"
+        "    script.main(script.parse_args())\n"
+        "except SystemExit as end:\n"
+        "    print('ended', os.environ['RANK'], end.code, len(calls), flush=True)\n"
+    )
+    done = launch(program, argv(max_train_steps=6), processes=2)
+    ended = sorted(line for line in done.stdout.splitlines() if line.startswith("ended"))
+    assert ended == ["ended 0 143 2", "ended 1 143 2"], done.stderr[-2000:]
+    assert json.loads((tmp_path / "out/checkpoint-2/dreambooth.json").read_text())["step"] == 2
