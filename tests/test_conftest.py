@@ -14,7 +14,8 @@ PROBE = """
 import os, sys
 from accelerate import Accelerator
 state = Accelerator()
-print("process", state.process_index, "of", state.num_processes, *sys.argv[1:], os.environ.get("EXTRA"), flush=True)
+words = ["process", state.process_index, "of", state.num_processes, *sys.argv[1:], os.environ.get("EXTRA")]
+os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # in one piece, or two processes mix
 sys.exit("--fail" in sys.argv)
 """
 

@@ -75,7 +75,7 @@ def test_all_processes_stop_at_the_update_at_which_one_is_told(argv, launch, tmp
         "try:\n"
         "    script.main(script.parse_args())\n"
         "except SystemExit as end:\n"
-        "    print('ended', os.environ['RANK'], end.code, len(calls), flush=True)\n"
+        "    os.write(1, f\"ended {os.environ['RANK']} {end.code} {len(calls)}\\n\".encode())\n"
     )
     done = launch(program, argv(max_train_steps=6), processes=2)
     ended = sorted(line for line in done.stdout.splitlines() if line.startswith("ended"))
