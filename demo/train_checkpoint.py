@@ -37,7 +37,8 @@ sys.path.insert(0, str(HERE.parent))
 import train_dreambooth_sd3 as script  # noqa: E402
 
 TOKENS = 12  # of a prompt, for each of the three tokenizers
-PICTURES = 8192  # whose latents the transformer is trained on
+PICTURES = 24576  # whose latents the transformer is trained on
+DECODED = 8192  # of these, which the decoder is trained on
 CAPTION_DROPOUT = 0.1
 
 
@@ -154,7 +155,7 @@ def train_decoder(work, vae, data, steps, batch=8):
         first = state["step"]
     saved = time.time()
     for step in range(first, steps):
-        chosen = torch.randint(PICTURES, (batch,), generator=torch.Generator().manual_seed(step))
+        chosen = torch.randint(DECODED, (batch,), generator=torch.Generator().manual_seed(step))
         x = data["pixels"][chosen].view(-1, world.SIDE, world.SIDE, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents = data["latents"][chosen].float()
         latents += 0.03 * data["deviation"] * torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
@@ -351,7 +352,7 @@ def main():
     parser.add_argument("--output", type=Path, default=HERE / "tiny-sd3", help="Where the pipeline is written.")
     parser.add_argument("--vae_steps", type=int, default=1200)
     parser.add_argument("--decoder_steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--stage", choices=("decoder", "transformer"), help="Run the first two stages and this one.")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
