@@ -83,7 +83,8 @@ def measure(command):
 def main(args):
     work = Path(args.work or tempfile.mkdtemp(prefix="compare-"))
     model = build_checkpoint(work / args.size, args.size)
-    data = build_pictures(work / "pictures", args.resolution, captions=args.captions)
+    name = "captioned" if args.captions else "pictures"
+    data = build_pictures(work / name, args.resolution, captions=args.captions)
     source = (
         ["--dataset_name", str(data), "--caption_column", "text"] if args.captions else ["--instance_data_dir", data]
     )
