@@ -235,7 +235,11 @@ def add_output_flags(parser):
     add("--checkpointing_steps", type=int, default=500, help="Updates from one checkpoint to the next.")
     add("--checkpoints_total_limit", type=int, help="Keep the newest so many checkpoints; unset: all.")
     add("--resume_from_checkpoint", metavar="PATH", help="A checkpoint's path or name, or latest.")
-    add("--cache_latents", action="store_true", help="Encode every image once, before training, in one crop.")
+    add(
+        "--cache_latents",
+        action="store_true",
+        help="Encode each image once, in one crop; a few whose crop never varies always are.",
+    )
     add("--push_to_hub", action="store_true", help="Upload the result when training ends.")
     add("--hub_token", help="Token for the upload; it is written nowhere.")
     add("--hub_model_id", help="Repository of the upload; unset: the name of output_dir.")
@@ -432,6 +436,7 @@ log = get_logger(__name__)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"}
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+FEW = 200  # images, which are encoded once without being asked for if nothing is drawn in their crops
 
 
 def derive_seed(*parts):
@@ -756,6 +761,9 @@ def read_instances(args):
     if args.use_aspect_ratio_buckets:
         found = ", ".join(f"{count} at {size[0]}x{size[1]}" for size, count in sorted(Counter(sizes).items()))
         log.info(f"images by bucket, height x width: {found}")
+    whole = all(width * size[0] == height * size[1] for (width, height), size in zip(pixels, sizes, strict=True))
+    if not args.random_flip and (args.center_crop or whole and not args.with_prior_preservation):
+        args.cache_latents |= len(images) + args.num_class_images * args.with_prior_preservation <= FEW
     return images, [caption or args.instance_prompt for caption in captions], sizes
 
 

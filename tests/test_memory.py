@@ -30,6 +30,11 @@ ENCODERS = [("text_encoder", {}), ("text_encoder_2", {}), ("text_encoder_3", {})
 CASES = {
     "latents encoded in each update": ({}, [*ENCODERS, ("transformer", {"vae": "cpu"})]),
     "latents cached, nothing to draw": ({"cache_latents": True}, [*ENCODERS, ("transformer", {"vae": "meta"})]),
+    "few images of one view": ({"center_crop": True}, [*ENCODERS, ("transformer", {"vae": "meta"})]),
+    "one view and its mirror": (
+        {"center_crop": True, "random_flip": True},
+        [*ENCODERS, ("transformer", {"vae": "cpu"})],
+    ),
     "latents cached, images drawn": (
         {"cache_latents": True, "validation_prompt": "a dog", "num_validation_images": 1},
         [*ENCODERS, ("transformer", {"vae": "cpu"})],
