@@ -867,7 +867,13 @@ def choose_targets(args, parts):
 
 
 def load_trained(args, parts, accelerator, targets):
-    """The models of `targets` in float32, every parameter of which is trained."""
+    """The models of `targets` in float32, every parameter of which is trained.
+
+    The pipeline's other parts go to output_dir before: later there is less memory for them, and a full disk is seen now.
+    """
+    if accelerator.is_main_process:
+        for name in parts.keys() - set(targets):
+            load_part(args, parts, name).save_pretrained(Path(args.output_dir, name))
     trained = {}
     for name in targets:
         model = load_part(args, parts, name, dtype=torch.float32).requires_grad_(True).to(accelerator.device)
@@ -1673,11 +1679,9 @@ def log_images(args, accelerator, name, images, step):
 
 
 def save_result(args, accelerator, parts, trained, step):
-    """Writes the whole pipeline to output_dir: what was trained in float32, the base model's other parts as stored."""
+    """Makes output_dir a whole pipeline: what was trained in float32, beside the base model's other parts as stored."""
     save_weights(accelerator, trained, args.output_dir)
     if accelerator.is_main_process:
-        for name in parts.keys() - trained.keys():
-            load_part(args, parts, name).save_pretrained(Path(args.output_dir, name))
         index = {
             name: parts.get(name, (None, None))
             for name in ("transformer", "vae", "scheduler", *TEXT_ENCODERS, *TOKENIZERS)
