@@ -13,8 +13,11 @@ import hashlib
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+import xet_store
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -27,7 +30,8 @@ class HubStandIn:
 
     def __init__(self, token="hf_stand_in", user="user"):
         self.token, self.user = token, user
-        self.repositories, self.requests, self.objects, self.faults = {}, [], {}, []
+        self.repositories, self.requests, self.faults = {}, [], []
+        self.objects, self.xorbs = {}, {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -41,13 +45,16 @@ class HubStandIn:
         self.server.shutdown()
         self.server.server_close()
 
-    def environment(self, home, token=None):
-        """Variables of a client: this hub, a token ("" for none), and a Hugging Face home that is its own."""
+    def environment(self, home, token=None, xet=False):
+        """Variables of a client: this hub, a token ("" for none), and a Hugging Face home that is its own.
+
+        Large files travel by xet, the client's choice wherever hf_xet is there, or as LFS objects.
+        """
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": self.token if token is None else token,
             "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": str(int(not xet)),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1",
@@ -81,6 +88,9 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/(?P<repository>[^/]+/[^/]+)/commit/[^/]+", "commit"),
         ("POST", r"/(?P<repository>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "store"),
+        ("GET", r"/api/models/(?P<repository>[^/]+/[^/]+)/xet-write-token/[^/]+", "permit"),
+        ("POST", r"/xet/v1/xorbs/[^/]+/(?P<name>[0-9a-f]{64})", "store_xorb"),
+        ("POST", r"/xet(?:/v1)?/shards", "store_shard"),
         ("HEAD|GET", r"/(?P<repository>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)", "resolve"),
     )
 
@@ -97,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         for methods, pattern, name in self.routes:
             match = re.fullmatch(pattern, path)
             if match and self.command in methods.split("|"):
-                if name != "store" and token != self.hub.token:  # an upload's address is its own permit, as on the Hub
+                if not name.startswith("store") and token != self.hub.token:  # an upload has a permit of its own
                     return self.send_error_code(401, None)
                 return self.answer(name, match.groupdict())
         return self.send_error_code(404, None)
@@ -195,6 +205,18 @@ class _Handler(BaseHTTPRequestHandler):
     def store(self, oid):
         self.hub.objects[oid] = self.body
         self.send({})
+
+    def permit(self, repository, name):
+        """Where to send xet's blocks, and a token for it: seconds since 1970 until which it holds."""
+        self.send({"casUrl": f"{self.hub.endpoint}/xet", "accessToken": "xet", "exp": int(time.time()) + 3600})
+
+    def store_xorb(self, name):
+        self.hub.xorbs[name] = self.body
+        self.send({"was_inserted": True})
+
+    def store_shard(self):
+        self.hub.objects.update(xet_store.read_files(self.body, self.hub.xorbs))
+        self.send({"result": 1})
 
     def commit(self, repository, name):
         """Applies the lines of a commit in order."""

@@ -31,8 +31,8 @@ def hub():
 def client(hub, tmp_path):
     """Runs a command of Python against the hub, with its token in the environment, and returns the process."""
 
-    def client(*command, token=None):
-        environment = {**os.environ, **hub.environment(tmp_path / "home", token)}
+    def client(*command, token=None, xet=False):
+        environment = {**os.environ, **hub.environment(tmp_path / "home", token, xet)}
         return subprocess.run(
             [sys.executable, *map(str, command)],
             env=environment,
@@ -52,6 +52,7 @@ def read_files(folder):
 
 def test_push(hub, client, argv, tmp_path, kind):
     by_flag = kind == "lora"  # the token is given in each way once: --hub_token, HF_TOKEN
+    xet = kind == "full"  # and the weights travel once as LFS objects, once by xet
     out = tmp_path / "out"
     for name in STRAY:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,8 +66,9 @@ def test_push(hub, client, argv, tmp_path, kind):
         validation_prompt="a dog",
         num_validation_images=1,
     )
-    done = client(SCRIPTS[kind], *flags, token="" if by_flag else None)
+    done = client(SCRIPTS[kind], *flags, token="" if by_flag else None, xet=xet)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert bool(hub.xorbs) == xet
 
     repository = hub.repositories["user/dog" if kind == "lora" else "user/out"]
     here = read_files(out)
@@ -74,7 +76,7 @@ def test_push(hub, client, argv, tmp_path, kind):
     assert uploaded.keys() == COMMON | RESULT[kind]
     assert uploaded == {name: here[name] for name in uploaded}
     assert repository["commits"] == ["End of training"]
-    assert {token for method, _, token in hub.requests if method != "PUT"} == {hub.token}
+    assert {token for _, path, token in hub.requests if not path.startswith(("/lfs", "/xet"))} == {hub.token}
     # Checkpoints with the optimizer's state, and the logs, are there, and stayed there.
     assert {"checkpoint-1/optimizer.bin", "checkpoint-2/optimizer.bin", "logs/scalars.jsonl"} <= here.keys()
     assert any("events.out.tfevents" in name for name in here)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import struct
 import subprocess
 import sys
 
@@ -28,7 +30,8 @@ create_commit("user/model", operations=operations, commit_message="Clean")
 CREATE = "from huggingface_hub import create_repo; create_repo('model')"
 FILES = {
     "README.md": b"---\nlicense: other\n---\n# A model\n",
-    "weights.safetensors": bytes(range(256)) * 100,
+    "weights.safetensors": random.Random(0).randbytes(300_000) + bytes(range(256)) * 100,  # of several chunks
+    "floats.safetensors": b"".join(struct.pack("<f", 1 + n / 70_000) for n in range(70_000)),
     "images/0.png": b"\x89PNG and so on",
     "checkpoint-1/optimizer.bin": b"stays here",
     "logs/events": b"stays here",
@@ -45,28 +48,30 @@ def hub():
 def client(hub, tmp_path):
     """Runs a program against the hub and returns the finished process."""
 
-    def client(program, token=None):
-        environment = {**os.environ, **hub.environment(tmp_path / "home", token)}
+    def client(program, token=None, xet=False):
+        environment = {**os.environ, **hub.environment(tmp_path / "home", token, xet)}
         command = [sys.executable, "-c", program]
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
 
     return client
 
 
-def test_upload_keeps_every_byte_and_leaves_out_what_is_ignored(hub, client, tmp_path):
+@pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
+def test_upload_keeps_every_byte_and_leaves_out_what_is_ignored(hub, client, tmp_path, xet):
     for name, data in FILES.items():
         path = tmp_path / "result" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     for _ in range(2):  # the second time the repository and the LFS objects are there already
-        done = client(UPLOAD)
+        done = client(UPLOAD, xet=xet)
         assert done.returncode == 0, done.stderr
+    assert bool(hub.xorbs) == xet
     repository = hub.repositories["user/model"]
     assert repository["private"]
     kept = {name: data for name, data in FILES.items() if not name.startswith(("checkpoint", "logs"))}
     uploaded = {name: data for name, data in repository["files"].items() if name != ".gitattributes"}
     assert uploaded == kept
-    tokens = {token for method, _, token in hub.requests if method != "PUT"}
+    tokens = {token for method, path, token in hub.requests if not path.startswith(("/lfs", "/xet"))}
     assert tokens == {hub.token}
 
 
