@@ -29,11 +29,10 @@ BASE = HERE / "tiny-sd3"
 STEPS, GUIDANCE, TOKENS = 28, 2.5, 12
 
 
-def load_pipeline(folder=BASE):
+def load_pipeline(folder=BASE, base=None):
     """The base pipeline, a run's whole pipeline, or the base with a run's adapters, in float32."""
-    folder = Path(folder)
     whole = Path(folder, "model_index.json").is_file()
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder if whole else BASE, dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder if whole else base or BASE, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if not whole:
         pipeline.load_lora_weights(str(folder))
