@@ -1374,7 +1374,26 @@ def lacks_room(error):
     """Whether an error is that of a full disk, quota or file: the libraries raise types of their own."""
     told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
     code = int(told[1]) if told else getattr(error, "errno", None)
-    return code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "inline_container" in str(error)  # torch keeps no code
+    torch_says = any(words in str(error) for words in ("inline_container", "iostream error"))  # it keeps no code
+    return code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or torch_says
+
+
+@contextlib.contextmanager
+def room_for(args, path, partial=""):
+    """Ends the run in one line if a disk, a quota or a file is full when a with block writes `path`.
+
+    Whatever the error is, no `partial` stays.
+    """
+    try:
+        yield
+    except Exception as error:
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not lacks_room(error):
+            raise
+        kept = next(whole_checkpoints(args.output_dir), ["none"])[0]
+        reason = " ".join(str(error).split())
+        sys.exit(f"{path} could not be written ({reason}): make room and resume from the last checkpoint, {kept}")
 
 
 def save_checkpoint(args, accelerator, step):
@@ -1382,7 +1401,7 @@ def save_checkpoint(args, accelerator, step):
     folder = Path(args.output_dir, f"checkpoint-{step}")
     partial = folder.with_name(f".{folder.name}.partial")
     accelerator.wait_for_everyone()
-    try:
+    with room_for(args, folder, partial):
         if accelerator.is_main_process:
             for left in folder.parent.glob(".checkpoint-*.partial"):  # by a run that was killed
                 shutil.rmtree(left)
@@ -1407,13 +1426,6 @@ def save_checkpoint(args, accelerator, step):
             partial.rename(folder)
             sync_to_disk(folder.parent)
             remove_old_checkpoints(args, folder)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not lacks_room(error):
-            raise
-        kept = next(whole_checkpoints(args.output_dir), ["none"])[0]
-        reason = " ".join(str(error).split())
-        sys.exit(f"{folder} could not be written ({reason}): make room and resume from the last checkpoint, {kept}")
     accelerator.wait_for_everyone()
     log.info(f"Saved {folder}")
 
@@ -2307,7 +2319,8 @@ def finish(args, accelerator, parts, trained, step, check, repository):
 
     Returns what failed and how to repeat it.
     """
-    save_result(args, accelerator, parts, trained, step)
+    with room_for(args, args.output_dir):
+        save_result(args, accelerator, parts, trained, step)
     paths, failed = [], []
     with going_on(failed, "drawing the final images", AGAIN):
         paths = check(step, final=True)
