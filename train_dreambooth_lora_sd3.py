@@ -44,6 +44,7 @@ The twin, train_dreambooth_sd3.py, trains the whole transformer; `diff` of the t
 import argparse
 import contextlib
 import csv
+import errno
 import fnmatch
 import functools
 import gc
@@ -64,6 +65,7 @@ import signal
 import sys
 import textwrap
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -365,12 +367,11 @@ NEEDS = (
 )
 
 
-def report_idle(args):
+def report_idle(args, given_flags):
     """Says on stderr, a line for each flag that they lack, which of the given flags have no effect."""
-    default = build_parser().get_default
     for needed, values, names in NEEDS:
         value = getattr(args, needed)
-        given = [name for name in names.split() if getattr(args, name) != default(name)]
+        given = [name for name in names.split() if getattr(given_flags, name) is not None]
         if needed == "lr_scheduler" and not args.lr_warmup_steps:
             given = [name for name in given if name != "lr_warmup_steps"]  # 0 is what happens anyway
         if value in values or True in values and value or not given or int(os.environ.get("RANK", 0)):
@@ -387,7 +388,8 @@ def parse_args(argv=None):
     check_numbers(args)
     check_data_flags(args)
     check_training_flags(args)
-    report_idle(args)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # where the parser leaves None, no flag was given
+    report_idle(args, build_parser().parse_args(argv, unset))
     return args
 
 
@@ -1359,12 +1361,47 @@ def sync_to_disk(path):
         os.close(descriptor)
 
 
+def checksum(path):
+    """CRC-32 of a file: it sees every flipped bit, at 3.7 GiB/s and core where SHA-256 does 1.4."""
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            total = zlib.crc32(block, total)
+    return total
+
+
+def lacks_room(error):
+    """Whether an error is that of a full disk, quota or file: the libraries raise types of their own."""
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
+    code = int(told[1]) if told else getattr(error, "errno", None)
+    torch_says = any(words in str(error) for words in ("inline_container", "iostream error"))  # it keeps no code
+    return code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or torch_says
+
+
+@contextlib.contextmanager
+def room_for(args, path, partial=""):
+    """Ends the run in one line if a disk, a quota or a file is full when a with block writes `path`.
+
+    Whatever the error is, no `partial` stays.
+    """
+    try:
+        yield
+    except Exception as error:
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not lacks_room(error):
+            raise
+        kept = next(whole_checkpoints(args.output_dir), ["none"])[0]
+        reason = " ".join(str(error).split())
+        sys.exit(f"{path} could not be written ({reason}): make room and resume from the last checkpoint, {kept}")
+
+
 def save_checkpoint(args, accelerator, step):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
     folder = Path(args.output_dir, f"checkpoint-{step}")
     partial = folder.with_name(f".{folder.name}.partial")
     accelerator.wait_for_everyone()
-    try:
+    with room_for(args, folder, partial):
         if accelerator.is_main_process:
             for left in folder.parent.glob(".checkpoint-*.partial"):  # by a run that was killed
                 shutil.rmtree(left)
@@ -1379,6 +1416,7 @@ def save_checkpoint(args, accelerator, step):
                 "seed": args.seed,
                 "flags": {**public_flags(args), "processes": accelerator.num_processes},
                 "files": {str(path.relative_to(partial)): path.stat().st_size for path in files},
+                "checksums": {str(path.relative_to(partial)): checksum(path) for path in files},
             }
             Path(partial, MANIFEST).write_text(json.dumps(manifest, indent=2))
             for path in partial.rglob("*"):
@@ -1388,11 +1426,6 @@ def save_checkpoint(args, accelerator, step):
             partial.rename(folder)
             sync_to_disk(folder.parent)
             remove_old_checkpoints(args, folder)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = next(whole_checkpoints(args.output_dir), ["none"])[0]
-        reason = " ".join(str(error).split())
-        sys.exit(f"{folder} could not be written ({reason}): make room and resume from the last checkpoint, {kept}")
     accelerator.wait_for_everyone()
     log.info(f"Saved {folder}")
 
@@ -1425,6 +1458,9 @@ def read_manifest(folder):
                 raise ValueError(f"{name} is missing")
             if Path(folder, name).stat().st_size != size:
                 raise ValueError(f"{name} has {Path(folder, name).stat().st_size} bytes, not {size}")
+            known = manifest.get("checksums", {}).get(name)  # older checkpoints have none
+            if known is not None and checksum(Path(folder, name)) != known:
+                raise ValueError(f"{name} is not what was written: its checksum differs")
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is not a whole checkpoint: {error}") from error
     return manifest
@@ -1470,13 +1506,14 @@ def choose_checkpoint(args, processes):
             return folder, read_manifest(folder)
         except ValueError as error:
             refuse(f"--resume_from_checkpoint: {error}")
-    whole = list(whole_checkpoints(args.output_dir))
-    for folder, manifest in whole:
+    newest = None
+    for folder, manifest in whole_checkpoints(args.output_dir):
         if manifest["flags"]["processes"] == processes:
             return folder, manifest
         log.warning(f"passed over: {folder} is of {manifest['flags']['processes']} processes, not of {processes}")
-    if whole:
-        return whole[0]  # to be refused: starting anew would lose the work
+        newest = newest or (folder, manifest)
+    if newest:
+        return newest  # to be refused: starting anew would lose the work
     log.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, training starts anew")
     return None, {}
 
@@ -1632,10 +1669,16 @@ def draw_validation(args, accelerator, trained, vae, scheduler, embed, step, fin
         prompt, empty = embed([args.validation_prompt]), embed([""])
         for number in share(accelerator, range(args.num_validation_images)):
             seed = [args.seed + number]
-            images[number] = draw_images(args, transformer, vae, scheduler, prompt, empty, seed)[0]
+            try:
+                images[number] = draw_images(args, transformer, vae, scheduler, prompt, empty, seed)[0]
+            except Exception as error:  # raised below by all the processes, which else wait for this one
+                images[number] = RuntimeError(f"{type(error).__name__}: {error}")
     vae.to(rest)
     free_memory()
     images = gather_items(accelerator, images)
+    for image in images.values():
+        if isinstance(image, Exception):
+            raise image
     if not accelerator.is_main_process:
         return []
     images = [images[number] for number in sorted(images)]
@@ -1705,9 +1748,20 @@ def read_rows(args):
     return rows
 
 
+def track(accelerator, send):
+    """Does something with each tracker; one that fails is named and left out from then on, for the run goes on."""
+    for tracker in list(accelerator.trackers):
+        try:
+            send(tracker)
+        except Exception as error:  # whatever its client raises
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            log.warning(f"the tracker {tracker.name} failed and gets nothing more ({reason})")
+            accelerator.trackers.remove(tracker)
+
+
 def log_scalars(args, accelerator, figures, step):
     """Sends figures of an update to the trackers and to logs/scalars.jsonl, which the curves are drawn from."""
-    accelerator.log(figures, step=step)
+    track(accelerator, lambda tracker: tracker.log(figures, step=step))
     if accelerator.is_main_process:
         append_row(args, {"step": step, **figures})
 
@@ -1751,32 +1805,36 @@ def log_images(args, accelerator, name, images, step):
     """Sends images to the trackers, with their captions where a tracker has a place for them."""
     captions = [f"{number}: {args.validation_prompt}" for number in range(len(images))]
     pairs = list(enumerate(zip(images, captions, strict=True)))
-    for tracker in accelerator.trackers:
-        match tracker.name:
-            case "wandb" | "swanlab":
-                picture = importlib.import_module(tracker.name).Image
-                tracker.log({name: [picture(image, caption=caption) for _, (image, caption) in pairs]}, step=step)
-            case "trackio":
-                picture = importlib.import_module("trackio").Image
-                tracker.log({f"{name}_{number}": picture(*pair) for number, pair in pairs}, step=step)
-            case "aim":
-                tracker.log_images({f"{name}_{number}": pair for number, pair in pairs}, step=step)
-            case "comet_ml":
-                for number, (image, caption) in pairs:
-                    metadata = {"caption": caption}
-                    tracker.tracker.log_image(image, name=f"{name}_{number}", step=step, metadata=metadata)
-            case "mlflow":
-                for number, (image, _) in pairs:
-                    importlib.import_module("mlflow").log_image(image, key=f"{name}_{number}", step=step)
-            case "dvclive":
-                for number, (image, _) in pairs:
-                    tracker.tracker.log_image(f"{name}_{number}_{step:06d}.png", image)
-            case "clearml":
-                for number, (image, _) in pairs:
-                    tracker.tracker.get_logger().report_image(name, str(number), iteration=step, image=image)
-            case "tensorboard":
-                pixels = np.stack([np.asarray(image) for image in images])
-                tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
+    track(accelerator, functools.partial(send_images, name=name, pairs=pairs, step=step))
+
+
+def send_images(tracker, name, pairs, step):
+    """One tracker's part of `log_images`; `pairs` are (number, (image, caption)) each."""
+    match tracker.name:
+        case "wandb" | "swanlab":
+            picture = importlib.import_module(tracker.name).Image
+            tracker.log({name: [picture(image, caption=caption) for _, (image, caption) in pairs]}, step=step)
+        case "trackio":
+            picture = importlib.import_module("trackio").Image
+            tracker.log({f"{name}_{number}": picture(*pair) for number, pair in pairs}, step=step)
+        case "aim":
+            tracker.log_images({f"{name}_{number}": pair for number, pair in pairs}, step=step)
+        case "comet_ml":
+            for number, (image, caption) in pairs:
+                metadata = {"caption": caption}
+                tracker.tracker.log_image(image, name=f"{name}_{number}", step=step, metadata=metadata)
+        case "mlflow":
+            for number, (image, _) in pairs:
+                importlib.import_module("mlflow").log_image(image, key=f"{name}_{number}", step=step)
+        case "dvclive":
+            for number, (image, _) in pairs:
+                tracker.tracker.log_image(f"{name}_{number}_{step:06d}.png", image)
+        case "clearml":
+            for number, (image, _) in pairs:
+                tracker.tracker.get_logger().report_image(name, str(number), iteration=step, image=image)
+        case "tensorboard":
+            pixels = np.stack([np.asarray(image) for _, (image, _) in pairs])
+            tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2009,23 +2067,20 @@ def open_repository(args, accelerator):
         )
 
 
+PUSHED = ["README.md", *UPLOADED, "image_[0-9]*.png", "image_grid.png", STRIP, CURVES]
+
+
 def push(args, repository):
     """Uploads weights, card and images, and nothing else of the folder: no checkpoint, no log, no file of yours."""
     from huggingface_hub import upload_folder
 
-    patterns = ["README.md", *UPLOADED, "image_[0-9]*.png", "image_grid.png", STRIP, CURVES]
-    try:
-        upload_folder(
-            repo_id=repository,
-            folder_path=args.output_dir,
-            commit_message="End of training",
-            allow_patterns=patterns,
-            token=args.hub_token,
-        )
-    except Exception as error:  # nothing may hide that the result is whole
-        again = f"hf upload {repository} {args.output_dir} . " + " ".join(f"--include '{name}'" for name in patterns)
-        reason = " ".join(str(error).split())
-        sys.exit(f"the result is whole in {args.output_dir}, but its upload failed ({reason}); again: {again}")
+    upload_folder(
+        repo_id=repository,
+        folder_path=args.output_dir,
+        commit_message="End of training",
+        allow_patterns=PUSHED,
+        token=args.hub_token,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2083,7 +2138,10 @@ def start_trackers(args, accelerator, step):
         scalars_file(args).write_text("")
         for row in rows if step else []:
             append_row(args, row)
-    accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
+    try:
+        accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
+    except Exception as error:  # whatever its client raises
+        refuse(f"--report_to {args.report_to}: a tracker does not start ({error}): mend it or leave it out")
     for tracker in accelerator.trackers:
         if tracker.name == "comet_ml" and run and accelerator.is_main_process:
             tracker.tracker.set_name(run)
@@ -2225,8 +2283,17 @@ def log_update(args, accelerator, bar, optimizer, schedule, figures, step):
     log_scalars(args, accelerator, figures, step)
 
 
+def close_trackers(accelerator):
+    """Closes the trackers. Returns the names of those that failed, now or before."""
+    track(accelerator, lambda tracker: tracker.finish())
+    closed = [tracker.name for tracker in accelerator.trackers]
+    accelerator.trackers.clear()
+    return [str(name) for name in accelerator.log_with if str(name) not in closed]
+
+
 def stop_cleanly(args, accelerator, step, number):
     """Ends the run after a signal, with the way to go on."""
+    close_trackers(accelerator)
     accelerator.end_training()
     if accelerator.is_main_process:
         name, folder = signal.Signals(number).name, Path(args.output_dir, f"checkpoint-{step}")
@@ -2235,33 +2302,55 @@ def stop_cleanly(args, accelerator, step, number):
 
 
 @contextlib.contextmanager
-def going_on(failed, what):
-    """Collects in `failed` what went wrong in a with block, and says so, where the run is to go on without it."""
+def going_on(failed, what, again):
+    """Says what went wrong in a with block, and adds it to `failed` with how to repeat it; the run goes on."""
     try:
         yield
     except Exception as error:  # the weights are on disk: nothing that drawing or a tracker raises is worth them
-        failed.append(what)
+        failed.append((what, again))
         log.error(f"{what} failed ({type(error).__name__}: {' '.join(str(error).split())})", main_process_only=False)
 
 
+AGAIN = "the same command with --resume_from_checkpoint latest repeats that alone"
+
+
 def finish(args, accelerator, parts, trained, step, check, repository):
-    """Weights first, then the final images, the card and the upload: if one of these fails, the others are done."""
-    save_result(args, accelerator, parts, trained, step)
+    """Weights first, then the final images, the card and the upload: if one of these fails, the others are done.
+
+    Returns what failed and how to repeat it.
+    """
+    with room_for(args, args.output_dir):
+        save_result(args, accelerator, parts, trained, step)
     paths, failed = [], []
-    with going_on(failed, "drawing the final images"):
+    with going_on(failed, "drawing the final images", AGAIN):
         paths = check(step, final=True)
     if accelerator.is_main_process:
-        with going_on(failed, "drawing the loss curves"):
+        with going_on(failed, "drawing the loss curves", AGAIN):
             draw_curves(args)
-        with going_on(failed, "writing the model card"):
+        with going_on(failed, "writing the model card", AGAIN):
             write_card(args, accelerator, repository, step, paths)
-    with going_on(failed, "closing the trackers"):
-        accelerator.end_training()
+        failed += [(f"the tracker {name}", f"see {scalars_file(args)}") for name in close_trackers(accelerator)]
     if accelerator.is_main_process and args.push_to_hub:
-        push(args, repository)
+        include = " ".join(f"--include '{name}'" for name in PUSHED)
+        with going_on(failed, "the upload", f"hf upload {repository} {args.output_dir} . {include}"):
+            push(args, repository)
+    return failed
+
+
+def end(args, accelerator, step, failed):
+    """Ends the run: if a step after the weights failed, with a checkpoint from which it alone can be repeated."""
+    saved = step % args.checkpointing_steps == 0 and Path(args.output_dir, f"checkpoint-{step}").is_dir()
+    missing = AGAIN in dict(failed).values() and not saved
+    if accelerator.num_processes > 1:
+        failed, missing = broadcast_object_list([failed, missing])
+    if missing:
+        save_checkpoint(args, accelerator, step)
+    accelerator.end_training()
     if failed:
-        again = "the same command with --resume_from_checkpoint latest goes from the last checkpoint to the end again"
-        sys.exit(f"the weights are whole in {args.output_dir}, but {', '.join(failed)} failed: {again}")
+        remedies = dict.fromkeys(again for _, again in failed)
+        steps = [f"{', '.join(w for w, again in failed if again == r)} failed: {r}" for r in remedies]
+        message = f"the weights are whole in {args.output_dir}, but {'; '.join(steps)}"
+        sys.exit(message if accelerator.is_main_process else 1)
     log.info(f"The result is in {args.output_dir}")
 
 
@@ -2320,11 +2409,12 @@ def main(args):
                 if step >= total:
                     break
         if epoch % args.validation_epochs == 0:
-            with averaged(average, parameters):
+            with averaged(average, parameters), going_on([], f"validation at update {step}", None):
                 check(step)
     bar.close()
     with averaged(average, parameters):
-        finish(args, accelerator, parts, trained, step, check, repository)
+        failed = finish(args, accelerator, parts, trained, step, check, repository)
+    end(args, accelerator, step, failed)
 
 
 if __name__ == "__main__":

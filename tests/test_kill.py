@@ -2,19 +2,20 @@
 
 import builtins
 import errno
-import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
-from pathlib import Path
+import subprocess
 
 import pytest
 import torch
 from conftest import isolated
+from safetensors import SafetensorError
 from test_resume import read_run
 
-FLAGS = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+FLAGS = {"max_train_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
 
 
 class Fuse:
@@ -58,7 +59,7 @@ def train(script, argv, fuse=None, **flags):
                     original(*args)
 
             patch.setattr(script, "save_checkpoint", save_checkpoint)
-        script.main(script.parse_args(argv(**FLAGS, **flags)))
+        script.main(script.parse_args(argv(**FLAGS | flags)))
 
 
 def weights(folder):
@@ -66,14 +67,14 @@ def weights(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora"])
-def test_killed_at_twenty_moments_of_saving(script, argv, tmp_path):
+@pytest.mark.parametrize(("kind", "count"), [("lora", 22), ("full", 6)])
+def test_killed_at_any_moment_of_saving(script, argv, tmp_path, count):
     fuse = Fuse(None)
     train(script, argv, fuse, output_dir=tmp_path / "whole")
     assert fuse.count > 40
     expected = weights(tmp_path / "whole")
-    moments = sorted({round(1 + n * (fuse.count - 1) / 21) for n in range(22)})
-    assert len(moments) >= 20
+    moments = sorted({round(1 + n * (fuse.count - 1) / (count - 1)) for n in range(count)})
+    assert len(moments) == count
     for moment in moments:
         folder = tmp_path / f"killed-{moment}"
         child = os.fork()
@@ -84,26 +85,86 @@ def test_killed_at_twenty_moments_of_saving(script, argv, tmp_path):
         train(script, argv, output_dir=folder, resume_from_checkpoint="latest")
         assert weights(folder) == expected, moment
         kept = {path.name for path in folder.glob("*checkpoint-*")}
-        assert {"checkpoint-3"} <= kept <= {"checkpoint-2", "checkpoint-3"}, moment  # killed before the old one went
+        assert {"checkpoint-2"} <= kept <= {"checkpoint-1", "checkpoint-2"}, moment  # killed before the old one went
         shutil.rmtree(folder)
 
 
-def test_a_full_disk_ends_in_one_line(script, argv, monkeypatch, tmp_path):
-    original = torch.save
+@pytest.fixture
+def tmpfs(tmp_path):
+    """Gives a disk of so many bytes, mounted at a folder."""
+    mounted = []
+
+    def tmpfs(size, folder):
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("no disk can be mounted here")
+        mounted.append(folder)
+
+    yield tmpfs
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def ended(script, argv, limit, **flags):
+    """The last words of a run in a process of its own, which may write no file of more than `limit` bytes."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            train(script, argv, **flags)
+            words = "done"
+        except BaseException as error:  # told to the test
+            words = f"{type(error).__name__}: {error}"
+        os.write(writer, words.encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize(
+    ("kind", "written"), [("lora", "checkpoint-2"), ("full", "checkpoint-2"), ("lora", ""), ("full", "")]
+)
+def test_a_limit_of_the_system(script, argv, tmp_path, written):
+    """No file may grow beyond it: neither that of the optimizer, nor, without a checkpoint before, the result."""
+    out = tmp_path / "out"
+    train(script, argv, max_train_steps=1, checkpointing_steps=1)
+    limit = (out / "checkpoint-1/optimizer.bin").stat().st_size - 1000
+    flags = {} if written else {"checkpointing_steps": 100, "output_dir": out / "fresh"}
+    words = ended(script, argv, limit if written else 5000, resume_from_checkpoint="latest", **flags)
+    kept = out / "checkpoint-1" if written else "none"
+    assert words.startswith(f"SystemExit: {out / (written or 'fresh')} could not be written (")
+    assert words.endswith(f"): make room and resume from the last checkpoint, {kept}")
+    assert "\n" not in words
+    assert [path.name for path in out.glob("*checkpoint-*")] == ["checkpoint-1"]
+    assert script.read_manifest(out / "checkpoint-1")["step"] == 1
+
+
+def test_a_full_disk_of_the_system(lora, argv, tmpfs, tmp_path):
+    """One that holds a checkpoint and a half."""
+    train(lora, argv, output_dir=tmp_path / "measured", max_train_steps=1, checkpointing_steps=1)
+    size = sum(path.stat().st_size for path in (tmp_path / "measured/checkpoint-1").rglob("*") if path.is_file())
+    out = tmp_path / "disk"
+    tmpfs(size * 3 // 2, out)
+    words = ended(lora, argv, resource.RLIM_INFINITY, output_dir=out)
+    assert words.startswith(f"SystemExit: {out / 'checkpoint-2'} could not be written (")
+    assert [path.name for path in out.glob("*checkpoint-*")] == ["checkpoint-1"]
+    assert lora.read_manifest(out / "checkpoint-1")["step"] == 1
+
+
+def test_another_error_of_saving_is_not_a_full_disk(lora, argv, monkeypatch, tmp_path):
+    """It is raised as it is, and leaves no half checkpoint."""
 
     def save(*args, **kwargs):
-        if list((tmp_path / "out").glob("checkpoint-1")):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(*args, **kwargs)
+        raise RuntimeError("a tensor went astray")
 
     monkeypatch.setattr(torch, "save", save)
-    with isolated(), pytest.raises(SystemExit) as end:
-        script.main(script.parse_args(argv(**FLAGS)))
-    folder = Path(tmp_path, "out")
-    assert end.value.code == (
-        f"{folder / 'checkpoint-2'} could not be written ([Errno 28] No space left on device):"
-        f" make room and resume from the last checkpoint, {folder / 'checkpoint-1'}"
-    )
-    assert [path.name for path in folder.glob("*checkpoint-*")] == ["checkpoint-1"]
-    assert json.loads((folder / "checkpoint-1/dreambooth.json").read_text())["step"] == 1
-    assert script.read_manifest(folder / "checkpoint-1")
+    with isolated(), pytest.raises(RuntimeError, match="a tensor went astray"):
+        lora.main(lora.parse_args(argv(**FLAGS)))
+    assert [path.name for path in (tmp_path / "out").glob("*checkpoint-*")] == []
+    assert lora.lacks_room(OSError(errno.EDQUOT, "Quota exceeded"))
+    assert lora.lacks_room(SafetensorError("I/O error: No space left on device (os error 28)"))
+    assert not lora.lacks_room(OSError(errno.EACCES, "Permission denied"))
