@@ -4,8 +4,8 @@
     python benchmarks/one_run.py train_dreambooth_lora_sd3 --pretrained_model_name_or_path MODEL ...
 
 Seconds an update are the processor's on a CPU, so that other work on the machine counts little, and the clock's on a
-GPU. Memory is the peak of the process, or on a GPU of torch's tensors, in MiB: of the whole run, and of the updates
-after the first one. The first updates, which warm up and compile, are left out of the times.
+GPU. Memory is the peak of the process, or on a GPU of torch's tensors, in MiB: from the start to the last update, and
+of the updates after the first. The first updates, which warm up and compile, are left out of the times.
 """
 
 import json

@@ -3,8 +3,8 @@
 
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/options.py --size small
 
-Memory in MiB and updates a second are those of `one_run.py`: of the whole run, and of the updates alone. The flags of
-every row are printed above the table.
+Memory in MiB and updates a second are those of `one_run.py`: the peak from the start to the last update, and that of
+the updates alone. The flags of every row are printed above the table.
 """
 
 import argparse
@@ -35,6 +35,7 @@ def parse_args(argv=None):
     parser.add_argument("--resolution", type=int, default=256, help="Side of the pictures and of the crop in pixels.")
     parser.add_argument("--updates", type=int, default=5, help="Updates that are timed.")
     parser.add_argument("--work", help="Folder for the checkpoint, kept; unset: a temporary one.")
+    parser.add_argument("--scripts", choices=OPTIONS, nargs="+", default=list(OPTIONS), help="Some of our scripts.")
     parser.add_argument("--bnb", nargs="*", default=[], help="Files for --bnb_quantization_config_path, on a GPU.")
     return parser.parse_args(argv)
 
@@ -43,12 +44,12 @@ def main(args):
     work = Path(args.work or tempfile.mkdtemp(prefix="options-"))
     model, pictures = build_checkpoint(work / args.size, args.size), build_pictures(work / "pictures", args.resolution)
     shared = ["--resolution", args.resolution, "--train_batch_size", 1, "--max_train_steps", WARM_UP + args.updates]
-    shared += ["--report_to", "none", "--seed", 0]
+    shared += ["--random_flip", "--report_to", "none", "--seed", 0]  # a crop that varies is not cached unasked
     print(f"{args.size}: {' '.join(map(str, shared))}\n")
     print("| script | flag | peak MiB | of the updates | updates/s |\n|---|---|---|---|---|", flush=True)
-    for script, options in OPTIONS.items():
+    for script in args.scripts:
         bits = args.bnb if "lora" in script else []
-        for option in (*options, *(f"--bnb_quantization_config_path {path}" for path in bits)):
+        for option in (*OPTIONS[script], *(f"--bnb_quantization_config_path {path}" for path in bits)):
             flags = ["--pretrained_model_name_or_path", model, "--instance_data_dir", pictures]
             flags += ["--instance_prompt", "sks dog", *shared, "--output_dir", tempfile.mkdtemp(dir=work)]
             found = measure(script, [*flags, *option.split()])
