@@ -168,6 +168,7 @@ def add_method_flags(parser):
     add("--lora_layers", metavar="NAMES", help="Such as attn.to_q,attn2.*,ff.* or all-linear; unset: joint attention.")
     add("--lora_blocks", metavar="NUMBERS", help="Comma-separated blocks that get adapters; unset: all.")
     add("--upcast_before_saving", action="store_true", help="Save the final adapters in float32.")
+    add("--bnb_quantization_config_path", metavar="FILE", help="BitsAndBytesConfig of a base in 8 or 4 bit; on a GPU.")
 
 
 def add_training_flags(parser):
@@ -862,9 +863,9 @@ def load_part(args, parts, name, **kwargs):
     )
 
 
-def load_frozen(args, parts, name, device, dtype):
+def load_frozen(args, parts, name, device, dtype, **kwargs):
     """A part that is not trained, ready to be called."""
-    return load_part(args, parts, name, dtype=dtype).requires_grad_(False).eval().to(device)
+    return load_part(args, parts, name, dtype=dtype, **kwargs).requires_grad_(False).eval().to(device)
 
 
 def frozen_dtype(accelerator):
@@ -886,8 +887,33 @@ def name_linear_layers(args):
     return linear, len(transformer.transformer_blocks)
 
 
+def read_quantization(args, device="cpu", dtype=torch.float32):
+    """What from_pretrained needs to load the transformer as --bnb_quantization_config_path says; {} without the flag.
+
+    A file that does not fit is refused, and a machine that does not: diffusers quantises on a GPU alone.
+    """
+    if not args.bnb_quantization_config_path:
+        return {}
+    from diffusers import BitsAndBytesConfig
+    from diffusers.quantizers import DiffusersAutoQuantizer
+
+    try:
+        fields = json.loads(Path(args.bnb_quantization_config_path).read_text())
+        if unknown := set(fields) - set(BitsAndBytesConfig().to_dict()):
+            raise ValueError(f"unknown: {', '.join(sorted(map(str, unknown)))}")
+        config = BitsAndBytesConfig(**{**fields, "bnb_4bit_compute_dtype": dtype})
+        if config.quantization_method() is None:
+            raise ValueError("neither load_in_8bit nor load_in_4bit, to fp4 or nf4, is true")
+        DiffusersAutoQuantizer.from_config(config).validate_environment()
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        remedy = 'give a JSON file with fields of a BitsAndBytesConfig, such as {"load_in_4bit": true}, on a GPU'
+        refuse(f"--bnb_quantization_config_path {args.bnb_quantization_config_path!r}: {error}: {remedy}")
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
 def choose_targets(args, parts):
     """Layers that get an adapter, by model. A name or a block that none of them has is refused."""
+    read_quantization(args)  # a wrong one is refused now, not once the text has been encoded
     linear, count = name_linear_layers(args)
     numbers = [number.strip() for number in args.lora_blocks.split(",")] if args.lora_blocks else []
     for number in numbers:
@@ -919,7 +945,11 @@ def load_trained(args, parts, accelerator, targets):
     torch.manual_seed(args.seed)
     trained = {}
     for name, layers in targets.items():
-        model = load_frozen(args, parts, name, accelerator.device, frozen_dtype(accelerator))
+        device, dtype = accelerator.device, frozen_dtype(accelerator)
+        # PEFT's prepare_model_for_kbit_training would make the parameters left float32, which autocast undoes,
+        # and have inputs require gradients, which checkpointing here does not need.
+        quantized = read_quantization(args, device, dtype) if name == "transformer" else {}
+        model = load_frozen(args, parts, name, device, dtype, **quantized)
         config = LoraConfig(
             r=args.rank,
             lora_alpha=args.lora_alpha or args.rank,
@@ -1265,7 +1295,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 COMFYUI_WEIGHTS = "comfyui_lora.safetensors"
 MUST_MATCH = (
     "pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam rank lora_alpha"
-    " use_rslora use_dora lora_layers lora_blocks use_ema ema_decay processes"
+    " use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path use_ema ema_decay processes"
 ).split()
 MAY_DIFFER = (
     "output_dir logging_dir cache_dir report_to hub_model_id push_to_hub local_rank resume_from_checkpoint"

@@ -846,9 +846,9 @@ def load_part(args, parts, name, **kwargs):
     )
 
 
-def load_frozen(args, parts, name, device, dtype):
+def load_frozen(args, parts, name, device, dtype, **kwargs):
     """A part that is not trained, ready to be called."""
-    return load_part(args, parts, name, dtype=dtype).requires_grad_(False).eval().to(device)
+    return load_part(args, parts, name, dtype=dtype, **kwargs).requires_grad_(False).eval().to(device)
 
 
 def frozen_dtype(accelerator):
@@ -1189,7 +1189,7 @@ def averaged(average, parameters):
 MANIFEST = "dreambooth.json"  # written last: what the checkpoint holds and which flags it was trained with
 MUST_MATCH = (
     "pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam rank lora_alpha"
-    " use_rslora use_dora lora_layers lora_blocks use_ema ema_decay processes"
+    " use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path use_ema ema_decay processes"
 ).split()
 MAY_DIFFER = (
     "output_dir logging_dir cache_dir report_to hub_model_id push_to_hub local_rank resume_from_checkpoint"

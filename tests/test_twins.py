@@ -31,6 +31,7 @@ ALONE = (
     "COMFYUI_WEIGHTS",
     "add_method_flags",
     "name_linear_layers",
+    "read_quantization",
     "describe_adapters",
     "write_safetensors",
     "describe_file",  # the header of the adapters' file

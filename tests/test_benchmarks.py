@@ -1,0 +1,45 @@
+"""What the benchmarks count."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import SD3Transformer2DModel
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from gpu import TOKENS, count_operations
+
+BATCH, SIDE, WIDTH = 3, 8, 64  # images, latent's height and width, transformer's
+
+
+def forward_operations(model):
+    """Of a forward pass, by hand: two for each weight and each row that it meets; and those of joint attention."""
+    total, joint = [], model.config
+
+    def count(module, inputs, output):
+        total.append(2 * output.numel() // output.shape[module.axis] * module.weight.numel())
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.axis = 1 if isinstance(module, torch.nn.Conv2d) else -1
+            module.register_forward_hook(count)
+    model(
+        hidden_states=torch.zeros(BATCH, joint.in_channels, SIDE, SIDE),
+        timestep=torch.zeros(BATCH),
+        encoder_hidden_states=torch.zeros(BATCH, TOKENS, joint.joint_attention_dim),
+        pooled_projections=torch.zeros(BATCH, joint.pooled_projection_dim),
+    )
+    return sum(total), len(model.transformer_blocks) * 4 * BATCH * (SIDE**2 // 4 + TOKENS) ** 2 * WIDTH
+
+
+@pytest.mark.parametrize(("rank", "passes"), [(0, 3), (1, 2)], ids=["full", "LoRA"])
+def test_operations_of_an_update(checkpoints, rank, passes):
+    """Counted on shapes alone they are those of a real update: a forward pass, the like of it for the gradients of
+    activations (twice that in attention) and, where all is trained, for those of weights."""
+    model = SD3Transformer2DModel.from_pretrained(checkpoints(transformer_width=WIDTH), subfolder="transformer")
+    counted = count_operations(model.config, 8 * SIDE, rank, BATCH)
+    assert counted == count_operations(model.config, 8 * SIDE, rank, BATCH, device="cpu")
+    weights, attention = forward_operations(model)
+    assert 0.92 < counted / (passes * weights + 3 * attention) < 1.02  # less what leads to no trained weight
