@@ -2386,8 +2386,7 @@ def end(args, accelerator, step, failed):
 
 def main(args):
     """Trains, and leaves in output_dir what the module's docstring lists."""
-    accelerator = start_accelerator(args)
-    parts = read_pipeline(args)
+    accelerator, parts = start_accelerator(args), read_pipeline(args)
     targets = choose_targets(args, parts)
     checkpoint, manifest = find_checkpoint(args, accelerator)
     repository = open_repository(args, accelerator)
