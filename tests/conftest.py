@@ -32,6 +32,7 @@ import pytest
 import tiny_sd3
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from ranks import draw_fast
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
@@ -171,6 +172,11 @@ def run(argv):
         return Path(args.output_dir)
 
     return run
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    draw_fast(monkeypatch)
 
 
 @pytest.fixture

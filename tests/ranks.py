@@ -2,10 +2,12 @@
 
     torchrun --standalone --nproc_per_node 2 tests/ranks.py CASES.json
 
-CASES.json lists {"script": "full" or "lora", "argv": [...], "record": path}; the record of rank R is path.R, a file
-for torch.load. One start of the processes, which takes most of the time of a tiny run, serves all cases.
+CASES.json lists {"script": "full" or "lora", "argv": [...], "record": path}, with "draw_fast" or not; the record of
+rank R is path.R, a file for torch.load. One start of the processes, which takes most of the time of a tiny run, serves
+all cases.
 """
 
+import functools
 import importlib
 import inspect
 import json
@@ -63,6 +65,14 @@ class Record(dict):
         optimizer.register_step_pre_hook(note)
 
 
+def draw_fast(monkeypatch):
+    """Has pipelines draw in three steps where nobody asks for a number: what is drawn is not what the test is of."""
+    from diffusers import StableDiffusion3Pipeline
+
+    call = functools.partialmethod(StableDiffusion3Pipeline.__call__, num_inference_steps=3)
+    monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", call)
+
+
 def run_case(case):
     """One run of a script's main in this process; how it ended is written down too."""
     import pytest
@@ -72,6 +82,8 @@ def run_case(case):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda *group: None)  # the next case needs it
         record.watch(monkeypatch, script)
+        if case.get("draw_fast"):
+            draw_fast(monkeypatch)
         try:
             script.main(script.parse_args(case["argv"]))
             state = AcceleratorState()

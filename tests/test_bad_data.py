@@ -1,5 +1,6 @@
 """Any image file is used right or named in a message, and any command line parsed or refused in one line."""
 
+import contextlib
 import io
 import logging
 import os
@@ -163,6 +164,37 @@ def test_fuzz_images(lora, data):
     size = data.draw(st.sampled_from([(16, 16), (32, 16), (16, 64)]))
     if image.width * image.height < 1_000_000:
         assert lora.crop_image(image, size, torch.Generator().manual_seed(0), False, True).shape == (3, *size)
+
+
+NAMES = st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=8)
+ENDINGS = st.sampled_from(["", ".png", ".PNG", ".jpeg", ".txt", ".png.txt", ".png ", "."])
+ENTRIES = st.dictionaries(
+    st.builds("{}{}{}".format, st.sampled_from(["", "."]), NAMES, ENDINGS),
+    st.sampled_from(["picture", "folder", "broken link", "link"]),
+    max_size=6,
+)
+
+
+@given(entries=ENTRIES)
+@settings(max_examples=20, **FUZZ)
+def test_fuzz_folders(lora, tmp_path_factory, entries):
+    """Whatever lies in a folder is an image that can be opened, or named among the rest; no entry is lost."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder.parent / "outside.png").write_bytes(PNG)
+    for name, what in entries.items():
+        with contextlib.suppress(FileExistsError, IsADirectoryError):  # "." and ".."
+            if what == "picture":
+                (folder / name).write_bytes(PNG)
+            elif what == "folder":
+                (folder / name).mkdir()
+            else:
+                (folder / name).symlink_to(folder.parent / ("outside.png" if what == "link" else "nowhere.png"))
+    images, others = lora.list_images(folder)
+    assert sorted([path.name for path in images] + others) == sorted(path.name for path in folder.iterdir())
+    assert {lora.open_image(path).size for path in images} <= {(48, 48)}
+    for path in folder.iterdir():
+        openable = entries[path.name] in ("picture", "link") and path.name[0] != "."
+        assert (path in images) == (openable and path.suffix.lower() in lora.IMAGE_SUFFIXES), path.name
 
 
 FLAGS = ["--rank", "--seed", "--resolution", "--learning_rate", "--report_to", "--output_dir", "--logging_dir"]

@@ -6,6 +6,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("few_steps")
 PROMPT, LENGTH, SIZE = "a photo of a dog", 154, 48
 
 
@@ -124,8 +125,15 @@ def test_more_than_enough(script, run, settings, drawn, pictures):
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [(None, torch.float32), ("fp32", torch.float32), ("no", torch.float32), ("bf16", torch.bfloat16)],
+    ("kind", "precision", "dtype"),
+    [
+        ("full", None, torch.float32),
+        ("lora", "fp32", torch.float32),
+        ("full", "no", torch.float32),
+        ("full", "fp16", torch.float16),
+        ("lora", "fp16", torch.float16),
+        ("lora", "bf16", torch.bfloat16),
+    ],
 )
 def test_precision(script, run, settings, drawn, precision, dtype):
     """Unset is float32 on a CPU. The VAE is float32 whatever is asked for."""
@@ -133,13 +141,5 @@ def test_precision(script, run, settings, drawn, precision, dtype):
     run(script, **settings | {"num_class_images": 1, "prior_generation_precision": precision})
     parts = ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer"]
     assert dtypes[:5] == [*((name, dtype) for name in parts), ("vae", torch.float32)]
-    assert len(list(settings["class_data_dir"].iterdir())) == 1
-
-
-def test_half_precision(full, run, settings, drawn):
-    """float16, the choice of accelerators, draws on a CPU too."""
-    _, dtypes = drawn(full)
-    run(full, **settings | {"num_class_images": 1, "prior_generation_precision": "fp16"})
-    assert dtypes[3] == ("transformer", torch.float16)
     (path,) = settings["class_data_dir"].iterdir()
     assert np.asarray(Image.open(path)).std() > 1, "not black, as an overflow would be"

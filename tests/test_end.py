@@ -12,6 +12,7 @@ from accelerate.tracking import TensorBoardTracker
 from conftest import SCRIPTS, isolated
 from hub_stand_in import HubStandIn
 
+pytestmark = pytest.mark.usefixtures("few_steps")
 WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
 AGAIN = "failed: the same command with --resume_from_checkpoint latest repeats that alone"
 

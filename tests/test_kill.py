@@ -71,7 +71,7 @@ def weights(folder):
 def test_killed_at_any_moment_of_saving(script, argv, tmp_path, count):
     fuse = Fuse(None)
     train(script, argv, fuse, output_dir=tmp_path / "whole")
-    assert fuse.count > 40
+    assert fuse.count >= 40
     expected = weights(tmp_path / "whole")
     moments = sorted({round(1 + n * (fuse.count - 1) / (count - 1)) for n in range(count)})
     assert len(moments) == count

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, isolated
 
+pytestmark = pytest.mark.usefixtures("few_steps")
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 3}
 DROPOUT = {"lora": {"lora_dropout": 0.1}, "full": {}}
 # Five images and a batch of 1, so that 5, 6 and 7 updates are the end of an epoch, its first batch, its middle; of
@@ -100,7 +101,8 @@ def test_on_two_processes(argv, captioned, tmp_path):
             again["resume_from_checkpoint"] = flags["output_dir"] / f"checkpoint-{step}"
             plan.append((kind, flags | again, step))
     for kind, flags, _ in plan:
-        cases.append({"script": kind, "argv": argv(**flags), "record": str(tmp_path / f"record{len(cases)}")})
+        case = {"script": kind, "argv": argv(**flags), "draw_fast": True}
+        cases.append(case | {"record": str(tmp_path / f"record{len(cases)}")})
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -139,12 +141,19 @@ def test_another_run_is_refused(script, kind, checkpoints, refusal, changed, mes
     assert message in refusal(**changed)
 
 
+SAVED = {}
+
+
 @pytest.fixture
-def refusal(script, argv, run, capsys, tmp_path):
+def refusal(script, kind, argv, run, capsys, tmp_path, tmp_path_factory):
     """The line with which a run refuses the checkpoint of another one; it loads no model."""
 
     def refusal(**changed):
-        run(script, max_train_steps=1, checkpointing_steps=1)
+        if kind not in SAVED:
+            SAVED[kind] = run(
+                script, max_train_steps=1, checkpointing_steps=1, output_dir=tmp_path_factory.mktemp("saved")
+            )
+        shutil.copytree(SAVED[kind], tmp_path / "out")
         before = read_run(tmp_path / "out")
         capsys.readouterr()
         with isolated(), pytest.raises(SystemExit) as end:

@@ -365,6 +365,7 @@ def idle(script, argv, capsys, monkeypatch, **flags):
         ({"num_validation_images": 2}, "--num_validation_images has no effect without --validation_prompt"),
         ({"hub_model_id": "user/dog"}, "--hub_model_id has no effect without --push_to_hub"),
         ({"num_train_epochs": 3}, "--num_train_epochs has no effect with --max_train_steps 2"),
+        ({"num_class_images": 100}, "--num_class_images has no effect without --with_prior_preservation"),  # default
     ],
 )
 def test_flags_without_effect_are_said(script, argv, capsys, monkeypatch, flags, line):
