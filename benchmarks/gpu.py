@@ -108,7 +108,7 @@ def main(args):
             SD3Transformer2DModel.load_config(model / "transformer"), resolution, rank, batch
         )
         share = operations / found["seconds"] / rate
-        figures = f"{found['seconds']:.3f} | {found['training memory'] / 1024:.2f} | {operations / 1e12:.2f}"
+        figures = f"{found['seconds']:.3f} | {found['training memory'] / 1024:.2f} | {operations / 1e12:.3g}"
         print(f"{row} {figures} | {share:.1%} |", flush=True)
 
 
