@@ -9,6 +9,7 @@
 #     "peft==0.21.2",
 #     "pillow==13.0.0",
 #     "protobuf==7.36.2",
+#     "psutil==7.2.2",
 #     "safetensors==0.8.0",
 #     "sentencepiece==0.2.3",
 #     "tensorboard==2.21.0",
@@ -42,6 +43,7 @@ The twin, train_dreambooth_sd3.py, trains the whole transformer; `diff` of the t
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import errno
@@ -63,8 +65,10 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
+import weakref
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -243,6 +247,11 @@ def add_output_flags(parser):
         action="store_true",
         help="Encode each image once, in one crop; a few whose crop never varies always are.",
     )
+    add(
+        "--dry_run",
+        action="store_true",
+        help="Check all input, draw dry_run.png, print the run's costs, train nothing.",
+    )
     add("--push_to_hub", action="store_true", help="Upload the result when training ends.")
     add("--hub_token", help="Token for the upload; it is written nowhere.")
     add("--hub_model_id", help="Repository of the upload; unset: the name of output_dir.")
@@ -370,15 +379,21 @@ NEEDS = (
 
 def report_idle(args, given_flags):
     """Says on stderr, a line for each flag that they lack, which of the given flags have no effect."""
+    idle = []
     for needed, values, names in NEEDS:
         value = getattr(args, needed)
         given = [name for name in names.split() if getattr(given_flags, name) is not None]
         if needed == "lr_scheduler" and not args.lr_warmup_steps:
             given = [name for name in given if name != "lr_warmup_steps"]  # 0 is what happens anyway
-        if value in values or True in values and value or not given or int(os.environ.get("RANK", 0)):
-            continue
+        if given and not (value in values or True in values and value):
+            idle.append((given, f"without --{needed}" if True in values else f"with --{needed} {value}"))
+    if args.revision and Path(args.pretrained_model_name_or_path).is_dir():
+        idle.append((["revision"], "on a folder"))
+    folders = [folder for folder in (args.instance_data_dir, args.validation_data_dir) if folder]
+    if args.caption_column and not args.dataset_name and not any(any(Path(f).glob("metadata.*")) for f in folders):
+        idle.append((["caption_column"], "without --dataset_name or a metadata file in the folder"))
+    for given, reason in idle if os.environ.get("RANK", "0") == "0" else []:
         flags, have = ", ".join(f"--{name}" for name in given), "have" if given[1:] else "has"
-        reason = f"without --{needed}" if True in values else f"with --{needed} {value}"
         print(f"{Path(sys.argv[0]).name}: {flags} {have} no effect {reason}", file=sys.stderr)
 
 
@@ -400,6 +415,7 @@ gc.disable()  # imports leave no garbage, and the search for it takes a fifth of
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchvision that nothing here needs
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -426,6 +442,10 @@ from diffusers.training_utils import (
 )
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
 gc.freeze()  # nor will it be searched for, each time that a model has gone, among the million objects that they made
@@ -439,6 +459,7 @@ log = get_logger(__name__)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"}
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+ENCODED = ".encoded"  # folder in output_dir while a run lasts
 FEW = 200  # images, which are encoded once without being asked for if nothing is drawn in their crops
 
 
@@ -568,7 +589,7 @@ class DreamBoothDataset:
             prompt = self.prompts[kind][number]
             if kind == "instance" and random.Random(derive_seed(seed, "caption")).random() < self.args.caption_dropout:
                 prompt = ""
-            data = self.pixels(*key, seed) if self.moments is None else self.moments[key]
+            data = self.pixels(*key, seed) if self.moments is None else self.moments[key][0]
             examples.append({"data": data, "prompt": prompt, "seed": seed, "weight": weight})
         return examples
 
@@ -628,22 +649,65 @@ def collate(items):
     }
 
 
+class TensorFile:
+    """Tuples of tensors by key on the disk, so that memory does not grow with their number; None may stand for one.
+
+    Ten thousand captions are up to 50 GB for the transformer. Each process writes a file of its own in output_dir,
+    where those of other machines find it too, and reads what it needs when it needs it.
+    """
+
+    def __init__(self, args):
+        self.places = {}
+        folder = Path(args.output_dir, ENCODED)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, self.path = tempfile.mkstemp(dir=folder)
+        os.close(descriptor)
+
+    def __setitem__(self, key, tensors):
+        try:
+            with Path(self.path).open("ab") as file:
+                places = []
+                for tensor in tensors:
+                    places.append(tensor if tensor is None else (file.tell(), tensor.dtype, tensor.shape))
+                    file.write(b"" if tensor is None else tensor.cpu().contiguous().view(torch.uint8).numpy())
+        except OSError as error:
+            sys.exit(f"{self.path} cannot be written ({error}): make room, or take an --output_dir that has it")
+        self.places[key] = self.path, places
+
+    def __getitem__(self, key):
+        path, places = self.places[key]
+        tensors = []
+        with Path(path).open("rb") as file:
+            for place in places:
+                if place is not None:
+                    offset, dtype, shape = place
+                    file.seek(offset)
+                    place = torch.frombuffer(bytearray(file.read(shape.numel() * dtype.itemsize)), dtype=dtype)
+                    place = place.view(shape)
+                tensors.append(place)
+        return tuple(tensors)
+
+    def gather(self, accelerator):
+        """Makes what each process has written known to all."""
+        self.places = gather_items(accelerator, self.places)
+
+
 def inspect_images(flag, images):
     """Width and height of every image, each of which is read once.
 
     Refuses one that cannot be; says which are animated and how many are copies of others.
     """
 
-    def inspect(source):
-        image = open_image(source)
+    def inspect(number):
+        image = open_image(images[number])
         return image.size, hashlib.sha256(image.tobytes()).digest(), image.info["animated"]
 
     with ThreadPoolExecutor() as pool:
         try:
-            found = list(pool.map(inspect, images))
+            found = list(pool.map(inspect, range(len(images))))  # the pool takes in all that it is given at once
         except ValueError as error:
             refuse(f"{flag}: {error}")
-    animated = [str(image)[:200] for image, (_, _, moves) in zip(images, found, strict=True) if moves]
+    animated = [str(images[number])[:200] for number, (_, _, moves) in enumerate(found) if moves]
     if animated:
         log.warning(f"{flag}: of several frames the first is used, in {', '.join(animated[:10])}")
     repeated = len(found) - len({digest for _, digest, _ in found})
@@ -767,6 +831,7 @@ def read_instances(args):
     whole = all(width * size[0] == height * size[1] for (width, height), size in zip(pixels, sizes, strict=True))
     if not args.random_flip and (args.center_crop or whole and not args.with_prior_preservation):
         args.cache_latents |= len(images) + args.num_class_images * args.with_prior_preservation <= FEW
+    check_sizes(args, {*sizes, (args.resolution, args.resolution)})
     return images, [caption or args.instance_prompt for caption in captions], sizes
 
 
@@ -783,15 +848,24 @@ def check_sizes(args, sizes):
 
 
 def read_dataset(args, parts, accelerator):
-    """The dataset of the run, its class images drawn where they lack."""
-    images, prompts, sizes = read_instances(args)
-    check_sizes(args, {*sizes, (args.resolution, args.resolution)})
-    class_images = []
-    if args.with_prior_preservation:
+    """The dataset of the run, its class images drawn where they lack, the held-out images, and the Hub's repository.
+
+    The repository comes once the data are found to be good, and before the hours that drawing may take. A dry run has
+    None for each class image that lacks.
+    """
+    (images, prompts, sizes), held_out = read_instances(args), read_held_out(args)
+    repository = open_repository(args, accelerator)
+    class_images, flag = [], "--class_data_dir"
+    if args.with_prior_preservation and args.dry_run:
+        folder = Path(args.class_data_dir)
+        class_images = list_images(folder)[0][: args.num_class_images] if folder.is_dir() else []
+    elif args.with_prior_preservation:
         generate_class_images(args, parts, accelerator)
-        class_images = read_folder("--class_data_dir", args.class_data_dir)[: args.num_class_images]
-        inspect_images("--class_data_dir", class_images)
-    return DreamBoothDataset(args, images, prompts, sizes, class_images)
+        class_images = read_folder(flag, args.class_data_dir)[: args.num_class_images]
+    inspect_images(flag, class_images)
+    if args.with_prior_preservation:
+        class_images += [None] * (args.num_class_images - len(class_images))
+    return DreamBoothDataset(args, images, prompts, sizes, class_images), held_out, repository
 
 
 def read_held_out(args):
@@ -863,6 +937,19 @@ def load_part(args, parts, name, **kwargs):
     )
 
 
+def sketch_part(args, parts, name):
+    """A model of the pipeline by its config alone, frozen, on the meta device: sizes without values."""
+    library, class_name = parts[name]
+    part_class, model = getattr(importlib.import_module(library), class_name), args.pretrained_model_name_or_path
+    where = {"subfolder": name, "revision": args.revision, "cache_dir": args.cache_dir}
+    with torch.device("meta"):
+        if hasattr(part_class, "load_config"):
+            part = part_class.from_config(part_class.load_config(model, **where))
+        else:
+            part = part_class(part_class.config_class.from_pretrained(model, **where))
+    return part.requires_grad_(False).eval()
+
+
 def load_frozen(args, parts, name, device, dtype, **kwargs):
     """A part that is not trained, ready to be called."""
     return load_part(args, parts, name, dtype=dtype, **kwargs).requires_grad_(False).eval().to(device)
@@ -879,10 +966,9 @@ def read_transformer_config(args):
     )
 
 
-def name_linear_layers(args):
+def name_linear_layers(args, parts):
     """Names of the transformer's linear layers, and its number of blocks, from its config alone."""
-    with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(read_transformer_config(args))
+    transformer = sketch_part(args, parts, "transformer")
     linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     return linear, len(transformer.transformer_blocks)
 
@@ -914,7 +1000,7 @@ def read_quantization(args, device="cpu", dtype=torch.float32):
 def choose_targets(args, parts):
     """Layers that get an adapter, by model. A name or a block that none of them has is refused."""
     read_quantization(args)  # a wrong one is refused now, not once the text has been encoded
-    linear, count = name_linear_layers(args)
+    linear, count = name_linear_layers(args, parts)
     numbers = [number.strip() for number in args.lora_blocks.split(",")] if args.lora_blocks else []
     for number in numbers:
         if number not in map(str, range(count)):
@@ -938,10 +1024,30 @@ def choose_targets(args, parts):
     return targets
 
 
-def load_trained(args, parts, accelerator, targets):
-    """The models of `targets` with adapters on their layers: the base in the frozen dtype, the adapters in float32."""
+def make_trainable(args, model, layers):
+    """Gives a frozen model adapters on its layers, in float32."""
     from peft import LoraConfig
 
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha or args.rank,
+        lora_dropout=args.lora_dropout,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        init_lora_weights="gaussian",
+        target_modules=layers,
+    )
+    model.add_adapter(config)
+    cast_training_params(model, torch.float32)
+
+
+def trained_dtype(accelerator):
+    """Precision of the models that get adapters."""
+    return frozen_dtype(accelerator)
+
+
+def load_trained(args, parts, accelerator, targets):
+    """The models of `targets` with adapters on their layers: the base in the frozen dtype, the adapters in float32."""
     torch.manual_seed(args.seed)
     trained = {}
     for name, layers in targets.items():
@@ -950,17 +1056,7 @@ def load_trained(args, parts, accelerator, targets):
         # and have inputs require gradients, which checkpointing here does not need.
         quantized = read_quantization(args, device, dtype) if name == "transformer" else {}
         model = load_frozen(args, parts, name, device, dtype, **quantized)
-        config = LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha or args.rank,
-            lora_dropout=args.lora_dropout,
-            use_rslora=args.use_rslora,
-            use_dora=args.use_dora,
-            init_lora_weights="gaussian",
-            target_modules=layers,
-        )
-        model.add_adapter(config)
-        cast_training_params(model, torch.float32)
+        make_trainable(args, model, layers)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing() if name == "transformer" else model.activation_checkpointing_enable()
         trained[name] = model.train()
@@ -1049,7 +1145,7 @@ class PromptTable:
         self.args, self.accelerator, self.dtype, self.trained = args, accelerator, dtype, {}
         self.width = read_transformer_config(args)["joint_attention_dim"]
         self.tokenizers = [load_part(args, parts, name) if name in parts else None for name in TOKENIZERS]
-        self.frozen = {name: {} for name in TEXT_ENCODERS if name not in targets}
+        self.frozen = {name: TensorFile(args) for name in TEXT_ENCODERS if name not in targets}
         self.lost = {}
 
     def fill(self, parts, prompts):
@@ -1063,12 +1159,10 @@ class PromptTable:
             mine = prompts[accelerator.process_index :: accelerator.num_processes]
             with torch.no_grad():
                 for prompt in tqdm(mine, desc=f"Encoding with {name}", disable=not accelerator.is_main_process):
-                    states = encode_text(name, encoder, self.ids(name, [prompt]))
-                    table[prompt] = tuple(None if state is None else state.cpu() for state in states)
+                    table[prompt] = encode_text(name, encoder, self.ids(name, [prompt]))
             del encoder
             free_memory()
-            if accelerator.num_processes > 1:
-                table.update(gather_object(list(table.items())))
+            table.gather(accelerator)
 
     def report_lost(self, prompts):
         """Names every prompt that CLIP or T5 reads only in part, once, with the words that are lost."""
@@ -1080,6 +1174,7 @@ class PromptTable:
                     self.lost.setdefault(prompt, []).append(f"{reader} loses {words!r}")
         for prompt, words in self.lost.items():
             log.warning(f"the prompt {prompt[:60]!r} is too long: {', '.join(words)}")
+        log.info(f"{len(prompts)} different prompts, {len(self.lost)} of them cut")
 
     def tokenize(self, name, prompts):
         clip_tokens = self.tokenizers[0].model_max_length
@@ -1092,7 +1187,7 @@ class PromptTable:
     @functools.lru_cache(maxsize=64)  # noqa: B019  the table lives as long as the run; saves copies to the device
     def look_up(self, name, prompt):
         """A frozen encoder's (1, tokens, width) and (1, width) of one prompt, on the device."""
-        if name == "text_encoder_3" and prompt not in self.frozen[name]:
+        if name == "text_encoder_3" and not self.frozen[name].places:
             shape = (1, self.args.max_sequence_length, self.width)
             return torch.zeros(shape, dtype=self.dtype, device=self.accelerator.device), None
         return tuple(None if s is None else s.to(self.accelerator.device) for s in self.frozen[name][prompt])
@@ -1130,12 +1225,11 @@ def cache_moments(dataset, vae, accelerator):
         for kind in dataset.kinds
         for index in range(len(dataset))
     }
-    mine, moments = list(keys)[accelerator.process_index :: accelerator.num_processes], {}
+    mine, moments = list(keys)[accelerator.process_index :: accelerator.num_processes], TensorFile(dataset.args)
     for key in tqdm(mine, desc="Caching latents", disable=not accelerator.is_main_process):
         pixels = dataset.pixels(*key, derive_seed(dataset.args.seed, "cache", *key))
-        moments[key] = encode_moments(vae, pixels[None].to(accelerator.device))[0].cpu()
-    if accelerator.num_processes > 1:
-        moments = dict(gather_object(list(moments.items())))
+        moments[key] = [encode_moments(vae, pixels[None].to(accelerator.device))[0]]
+    moments.gather(accelerator)
     dataset.moments = moments
 
 
@@ -1301,6 +1395,7 @@ MAY_DIFFER = (
     "output_dir logging_dir cache_dir report_to hub_model_id push_to_hub local_rank resume_from_checkpoint"
     " tracker_project_name tracker_run_name checkpointing_steps checkpoints_total_limit dataloader_num_workers"
     " max_train_steps num_train_epochs validation_prompt num_validation_images validation_epochs hub_private_repo"
+    " dry_run"
 ).split()
 
 
@@ -2076,18 +2171,28 @@ The base model's [licence]({license_link}) holds for these weights.
 
 
 def open_repository(args, accelerator):
-    """Creates the Hub repository, or refuses: better at the start than after hours.
+    """Creates the Hub repository, or refuses: better at the start than after hours. A dry run creates none.
 
     Returns its id; without --push_to_hub the output folder, from where the card's program loads then.
     """
     if not args.push_to_hub or not accelerator.is_main_process:
         return args.output_dir
-    from huggingface_hub import auth_check, create_repo
+    from huggingface_hub import auth_check, create_repo, repo_exists, whoami
 
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         shared = {"token": args.hub_token}
-        repository = create_repo(repository, private=args.hub_private_repo or None, exist_ok=True, **shared).repo_id
+        if args.dry_run:
+            user = whoami(**shared)
+            owner = repository.partition("/")[0] if "/" in repository else user["name"]
+            if owner not in (user["name"], *(group["name"] for group in user["orgs"])):
+                raise PermissionError(f"{owner} is neither {user['name']} nor a group with {user['name']} in it")
+            repository = f"{owner}/{repository.rpartition('/')[2]}"
+            if not repo_exists(repository, **shared):
+                return repository
+        else:
+            private = args.hub_private_repo or None
+            repository = create_repo(repository, private=private, exist_ok=True, **shared).repo_id
         auth_check(repository, write=True, **shared)  # create_repo passes over one that is there and not ours
         return repository
     except Exception as error:  # also those of whichever HTTP client the Hub's library uses
@@ -2149,7 +2254,15 @@ def start_accelerator(args):
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_encoded(args)  # of a run that was killed
+        atexit.register(remove_encoded, args)
+    accelerator.wait_for_everyone()
     return accelerator
+
+
+def remove_encoded(args):
+    shutil.rmtree(Path(args.output_dir, ENCODED), ignore_errors=True)
 
 
 def start_trackers(args, accelerator, step):
@@ -2216,6 +2329,12 @@ def outlive_signals(worker):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
+def all_prompts(args, dataset, held_out):
+    """Every prompt that the run encodes."""
+    validation = {args.validation_prompt, ""} if args.validation_prompt else set()
+    return dataset.all_prompts() | held_out.all_prompts() | validation
+
+
 def encode_once(args, parts, accelerator, targets, dataset, held_out):
     """The prompts' table and the VAE, after all that is encoded before training.
 
@@ -2223,8 +2342,7 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     of a run is that of the largest, not of all.
     """
     embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
-    validation = {args.validation_prompt, ""} if args.validation_prompt else set()
-    embed.fill(parts, dataset.all_prompts() | held_out.all_prompts() | validation)
+    embed.fill(parts, all_prompts(args, dataset, held_out))
     vae = load_frozen(args, parts, "vae", accelerator.device, torch.float32)
     if args.cache_latents:
         cache_moments(dataset, vae, accelerator)
@@ -2376,6 +2494,8 @@ def end(args, accelerator, step, failed):
     if missing:
         save_checkpoint(args, accelerator, step)
     accelerator.end_training()
+    if accelerator.is_main_process:
+        remove_encoded(args)
     if failed:
         remedies = dict.fromkeys(again for _, again in failed)
         steps = [f"{', '.join(w for w, again in failed if again == r)} failed: {r}" for r in remedies]
@@ -2384,25 +2504,256 @@ def end(args, accelerator, step, failed):
     log.info(f"The result is in {args.output_dir}")
 
 
+def count_result(args, accelerator, trained, stored):
+    """Bytes of the final result, and of what is loaded to write it: adapters, and nothing."""
+    half = frozen_dtype(accelerator) != torch.float32 and not args.upcast_before_saving
+    return sum(p.numel() for model in trained.values() for p in trained_parameters(model)) * (2 if half else 4), 0
+
+
+SHEET, MOST = "dry_run.png", 200  # pictures on the sheet
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that come and go within a with block: `live`, and at most `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for tensor in [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]:
+            self.seen[tensor.untyped_storage()] = True  # a view of a weight is no new memory
+        result = function(*args, **(kwargs or {}))
+        for tensor in [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]:
+            storage = tensor.untyped_storage()
+            if storage not in self.seen:
+                self.seen[storage] = True
+                self.change(storage.nbytes())
+                weakref.finalize(storage, self.change, -storage.nbytes())
+        return result
+
+    def change(self, count):
+        self.live += count
+        self.peak = max(self.peak, self.live)
+
+
+def count_peak(function, *inputs):
+    """What a function returns, and how many bytes it takes at most besides what was there before."""
+    with PeakBytes() as counted:
+        return function(*inputs), counted.peak
+
+
+def weigh(*models):
+    """Bytes of the models' weights."""
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def draw_sheet(args, dataset):
+    """Writes SHEET: the pictures of the first epoch as the model would get them, each above its prompt."""
+    kinds = ["instance", "class"] if None not in dataset.images["class"] else ["instance"]
+    places = [(kind, number) for kind in kinds for number in range(len(dataset.images[kind]))]
+    tiles = []
+    for kind, number in places[:MOST]:
+        key = kind, number, dataset.size(number)
+        seed = derive_seed(args.seed, "cache", *key) if args.cache_latents else derive_seed(args.seed, kind, 0, number)
+        pixels = (dataset.pixels(*key, seed) + 1) * 127.5
+        picture = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
+        picture.thumbnail((192, 192))
+        tile = Image.new("RGB", (208, 256), "white")
+        tile.paste(picture, ((208 - picture.width) // 2, 200 - picture.height))
+        lines = textwrap.wrap(dataset.prompts[kind][number], 32, max_lines=3, placeholder=" ...")
+        ImageDraw.Draw(tile).text((8, 204), "\n".join(lines), "black", ImageFont.load_default(12))
+        tiles.append(tile)
+    said = f"{len(tiles)} of {len(places)} pictures, cropped as in the first epoch"
+    save_image(tile_images(tiles, [""] * len(tiles), said), Path(args.output_dir, SHEET))
+    return said
+
+
+def list_weights(args, parts):
+    """Bytes of the weight files of each model, in the folder or on the Hub. A model that has none is refused."""
+    model = args.pretrained_model_name_or_path
+    if Path(model).is_dir():
+        sizes = {str(path.relative_to(model)): path.stat().st_size for path in Path(model).rglob("*.*")}
+    else:
+        from huggingface_hub import HfApi
+
+        try:
+            info = HfApi().model_info(model, revision=args.revision, files_metadata=True)
+        except Exception as error:  # also those of whichever HTTP client the Hub's library uses
+            refuse(f"--pretrained_model_name_or_path {model!r}: the Hub does not list its files ({error})")
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    stored, ending = {}, rf"\.{re.escape(args.variant)}" if args.variant else r"(-\d+-of-\d+)?"
+    for name in [name for name in parts if not name.startswith(("tokenizer", "scheduler"))]:
+        for suffix in ("safetensors", "bin"):
+            pattern = rf"{name}/[\w-]+{ending}(-\d+-of-\d+)?\.{suffix}"
+            stored[name] = stored.get(name) or sum(sizes[file] for file in sizes if re.fullmatch(pattern, file))
+        if not stored[name]:
+            refuse(
+                f"--pretrained_model_name_or_path {model!r} has no weights of {name} in the variant that is asked for"
+            )
+    return stored
+
+
+def optimizer_bytes(args):
+    """Bytes of the optimizer's state for each parameter."""
+    return 2 if args.use_8bit_adam else {"AdamW": 8, "prodigy": 16}[args.optimizer]
+
+
+def count_drawing(args, accelerator, transformer, vae, embeds, pooled, count):
+    """Bytes that it takes to draw images with guidance, `count` at a time, besides the models."""
+    side = args.resolution // 8
+    latents = torch.empty(count, vae.config.latent_channels, side, side)
+    with torch.no_grad(), accelerator.autocast():
+        two = [tensor[:1].expand(2 * count, *tensor.shape[1:]) for tensor in (embeds, pooled)]
+        inputs = torch.cat([latents, latents]), two[0], two[1], torch.empty(2 * count)
+        work = count_peak(transformer, *inputs)[1]
+        return max(work, count_peak(vae.decode, latents)[1])
+
+
+def make_fake(model, device):
+    """Moves a model from the meta device to fake tensors, which know the device that they stand for."""
+    made = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and id(old) not in made:  # T5 has one table of words under two names
+                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    made[id(old)] = (
+                        torch.nn.Parameter(new, old.requires_grad) if tensors is module._parameters else new
+                    )
+                tensors[name] = made.get(id(old))
+
+
+def sketch_models(args, accelerator, parts, targets):
+    """Every model of the run on the meta device, in its precision and with what is trained in it."""
+    models = {}
+    for name in [name for name in parts if name in (*TEXT_ENCODERS, "vae", "transformer")]:
+        dtype = trained_dtype(accelerator) if name in targets else frozen_dtype(accelerator)
+        models[name] = model = sketch_part(args, parts, name)
+        torch.nn.Module.to(model, torch.float32 if name == "vae" else dtype)  # diffusers would warn
+        if name in targets:
+            make_trainable(args, model.train(), targets[name])
+            if args.gradient_checkpointing and name == "transformer":
+                model.enable_gradient_checkpointing()
+            elif args.gradient_checkpointing:
+                model.activation_checkpointing_enable()
+    return models
+
+
+def count_update(args, accelerator, targets, models, texts, moments):
+    """Bytes that forward and backward pass take, gradients with them, and the text of a batch."""
+    batch, width = len(moments), models["transformer"].config.joint_attention_dim
+
+    def text(name):
+        if name in targets:
+            return encode_text(name, models[name], torch.zeros(batch, texts[name][0][0].shape[1], dtype=torch.long))
+        if name not in texts:
+            return torch.zeros(batch, args.max_sequence_length, width, dtype=frozen_dtype(accelerator)), None
+        return [None if state is None else state.expand(batch, *state.shape[1:]) for state in texts[name][0]]
+
+    def update():
+        with accelerator.autocast():
+            embeds, pooled = join_embeds([text(name) for name in TEXT_ENCODERS], width)
+        levels, u = (torch.zeros(1000), torch.zeros(1001)), torch.zeros(batch)
+        latents = moments.chunk(2, dim=1)[0]
+        with accelerator.autocast():
+            losses = flow_losses(args, models["transformer"], levels, latents, latents, u, embeds, pooled)
+        losses.mean().backward()
+        return embeds.detach(), pooled.detach()
+
+    return count_peak(update)
+
+
+def estimate_stages(args, accelerator, models, targets, size, tokens, lacking):
+    """Bytes that each stage of the run takes on the device, and those of one text and one latent on the disk.
+
+    The run's own functions do the work of each stage on fake tensors, which have a size and no values, and what they
+    make is counted. `size` is that of the largest image, `lacking` whether class images are to be drawn.
+    """
+    texts = {}
+    for name, model in models.items():
+        make_fake(model, accelerator.device)
+        if name in TEXT_ENCODERS:
+            length = args.max_sequence_length if name == "text_encoder_3" else tokens
+            with torch.no_grad():
+                texts[name] = count_peak(encode_text, name, model, torch.zeros(1, length, dtype=torch.long))
+    vae, transformer = models["vae"], models["transformer"]
+    stages = {n: weigh(models[n]) + texts[n][1] for n in texts if n not in targets}
+    batch = args.train_batch_size * (1 + args.with_prior_preservation)
+    with torch.no_grad():
+        _, encoding = count_peak(vae.encode, torch.empty(1 if args.cache_latents else batch, 3, *size))
+    stages["vae"] = weigh(vae) + encoding
+    moments = torch.empty(batch, 2 * vae.config.latent_channels, size[0] // 8, size[1] // 8)
+    (embeds, pooled), work = count_update(args, accelerator, targets, models, texts, moments)
+    parameters = [parameter for name in targets for parameter in trained_parameters(models[name])]
+    held = weigh(*(models[name] for name in targets))
+    held += sum(parameter.numel() for parameter in parameters) * (optimizer_bytes(args) + 4 * args.use_ema)
+    rest = torch.device(resting_device(args, accelerator)).type == accelerator.device.type
+    beside = weigh(vae) if rest or not args.cache_latents else 0
+    stages["updates"] = held + beside + max(work, 0 if args.cache_latents else encoding)
+    drawing = [args.validation_prompt and 1, lacking and args.sample_batch_size]
+    for name, count in zip(("validation", "class images"), drawing, strict=True):
+        if count:
+            work = count_drawing(args, accelerator, transformer, vae, embeds, pooled, count)
+            stages[name] = work + weigh(vae) + (held if name == "validation" else weigh(transformer))
+    text = sum(s.nbytes for name in texts if name not in targets for s in texts[name][0] if s is not None)
+    return stages, (text, moments[0].nbytes * args.cache_latents)
+
+
+def rehearse(args, accelerator, parts, targets, dataset, held_out, updates, total):
+    """Reads what is left to read, and says what the run would do and take; no weights are loaded."""
+    base = psutil.Process().memory_info().rss
+    table = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
+    prompts = sorted(all_prompts(args, dataset, held_out))
+    table.report_lost(prompts)
+    load_part(args, parts, "scheduler")
+    if not accelerator.is_main_process:
+        return
+    stored, sheet = list_weights(args, parts), draw_sheet(args, dataset)
+    size, lacking = max(dataset.sizes, key=math.prod), None in dataset.images["class"]
+    models, tokens = sketch_models(args, accelerator, parts, targets), table.tokenizers[0].model_max_length
+    with FakeTensorMode(), torch.device(accelerator.device):
+        stages, (text, latent) = estimate_stages(args, accelerator, models, targets, size, tokens, lacking)
+    cached = text * len(prompts) + latent * len(dataset)
+    result, loaded = count_result(args, accelerator, {name: models[name] for name in targets}, stored)
+    parameters = [parameter for name in targets for parameter in trained_parameters(models[name])]
+    count = sum(parameter.numel() for parameter in parameters)
+    checkpoint = count * (4 + optimizer_bytes(args) + 4 * args.use_ema)
+    if accelerator.device.type == "cpu":  # where the heap keeps what the updates took, and parts come beside it
+        stages = {name: size + base for name, size in {**stages, "result": stages["updates"] + loaded}.items()}
+    slowest = max(stages, key=stages.get)
+    size = lambda number: f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"  # noqa: E731
+    free = shutil.disk_usage(args.output_dir).free
+    print(f"""updates: {total}, which is {total / updates:.1f} epochs of {updates}
+trained: {count:,} parameters of {", ".join(targets)}
+written: {size(result)} at the end, {size(checkpoint)} a checkpoint ({total // args.checkpointing_steps} of them)
+         and {size(cached)} for as long as the run lasts; {size(free)} are free
+memory:  about {size(stages[slowest])} at most, on {accelerator.device.type}, a process; that is in the stage {slowest}
+         {", ".join(f"{name} {size(number)}" for name, number in stages.items())}
+drawn:   {Path(args.output_dir, SHEET)}, {sheet}""")
+
+
 def main(args):
     """Trains, and leaves in output_dir what the module's docstring lists."""
     accelerator, parts = start_accelerator(args), read_pipeline(args)
     targets = choose_targets(args, parts)
     checkpoint, manifest = find_checkpoint(args, accelerator)
-    repository = open_repository(args, accelerator)
-    dataset, held_out = read_dataset(args, parts, accelerator), read_held_out(args)
-    embed, vae = encode_once(args, parts, accelerator, targets, dataset, held_out)
-
+    dataset, held_out, repository = read_dataset(args, parts, accelerator)
     loader, sampler = make_loader(args, accelerator, dataset)
     updates = math.ceil(len(loader) / args.gradient_accumulation_steps)  # an epoch
     total = args.max_train_steps or args.num_train_epochs * updates
+    if args.dry_run:
+        rehearse(args, accelerator, parts, targets, dataset, held_out, updates, total)
+        return
+    embed, vae = encode_once(args, parts, accelerator, targets, dataset, held_out)
     trained, optimizer, schedule = prepare_models(args, parts, accelerator, targets, total)
     embed.trained, models = trained, list(trained.values())
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
     average = follow_average(args, accelerator, parameters, optimizer)
     step = resume(args, accelerator, trained, checkpoint, manifest)
     start_trackers(args, accelerator, step)
-
     scheduler = load_part(args, parts, "scheduler")
     levels = noise_levels(scheduler, accelerator.device)
     check = functools.partial(validate, args, accelerator, trained, vae, scheduler, embed, held_out)

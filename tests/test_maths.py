@@ -64,7 +64,7 @@ def test_prompt_table_equals_the_pipeline(script, checkpoints, argv, t5, trained
         ours, ours_pooled = table(batch)
     torch.testing.assert_close(ours, embeds, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours_pooled, pooled, rtol=1e-5, atol=1e-5)
-    assert {name: sorted(table.frozen[name]) for name in table.frozen if name in parts} == {
+    assert {name: sorted(table.frozen[name].places) for name in table.frozen if name in parts} == {
         name: sorted(PROMPTS) for name in parts if name in script.TEXT_ENCODERS and name not in names
     }
 

@@ -17,12 +17,15 @@ DIFFERENCES = (
     "build_parser",  # the lora group of flags
     "PROJECT",
     "choose_targets",  # layers with adapters, or whole models
+    "make_trainable",
+    "trained_dtype",
     "load_trained",
     "save_weights",  # one file of adapters, or a folder for each model
     "load_weights",
     "save_result",
     "describe_method",  # the model card's words
     "UPLOADED",
+    "count_result",  # bytes of the file, or of the pipeline
 )
 # In one of them alone.
 ALONE = (

@@ -364,6 +364,11 @@ def idle(script, argv, capsys, monkeypatch, **flags):
         ({"image_column": "img"}, "--image_column has no effect without --dataset_name"),
         ({"num_validation_images": 2}, "--num_validation_images has no effect without --validation_prompt"),
         ({"hub_model_id": "user/dog"}, "--hub_model_id has no effect without --push_to_hub"),
+        ({"revision": "main"}, "--revision has no effect on a folder"),
+        (
+            {"caption_column": "words"},
+            "--caption_column has no effect without --dataset_name or a metadata file in the folder",
+        ),
         ({"num_train_epochs": 3}, "--num_train_epochs has no effect with --max_train_steps 2"),
         ({"num_class_images": 100}, "--num_class_images has no effect without --with_prior_preservation"),  # default
     ],
