@@ -2543,7 +2543,8 @@ def rehearse(args, accelerator, parts, targets, dataset, held_out, updates, tota
     if accelerator.device.type == "cpu":  # where the heap keeps what the updates took, and parts come beside it
         stages = {name: size + base for name, size in {**stages, "result": stages["updates"] + loaded}.items()}
     slowest = max(stages, key=stages.get)
-    size = lambda number: f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"  # noqa: E731
+    unit = lambda n: next(((m, u) for m, u in ((1e9, "GB"), (1e6, "MB")) if n >= m), (1e3, "kB"))  # noqa: E731
+    size = lambda n: f"{n / unit(n)[0]:.4g} {unit(n)[1]}"  # noqa: E731
     free = shutil.disk_usage(args.output_dir).free
     print(f"""updates: {total}, which is {total / updates:.1f} epochs of {updates}
 trained: {count:,} parameters of {", ".join(targets)}
