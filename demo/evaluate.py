@@ -7,7 +7,8 @@ A folder is the output_dir of a run: adapters, or a whole pipeline. Each gets a 
 base model's. Everything is drawn from fixed seeds and judged by demo/classifier.py:
 
 subject   likeness of "a photo of sks dog ..." to the five pictures, less its likeness to other dogs of the world
-prompt    share of these pictures that show a dog at the place asked for
+prompt    share of these pictures that show the place asked for (the classifier knows no spotted dogs: it takes the
+          subject's own pictures for birds and cars, so that the thing is left to the first figure)
 drift     the same difference for "a photo of a dog ..." and "a photo of a brown dog ...", which should not change
 world     share of pictures of other things that show thing, colour and place asked for
 
@@ -102,7 +103,7 @@ def measure(pipeline, classifier, each=4):
     things = [(what, text) for what, text in held_out_world(12 * each) if what["thing"] != "dog"]
     return {
         "subject": subject_score(classifier, subject),
-        "prompt": prompt_scores(classifier, subject, [{"thing": "dog", "place": place} for place in places]),
+        "prompt": prompt_scores(classifier, subject, [{"place": place} for place in places]),
         "drift": subject_score(classifier, draw(pipeline, dogs * (each // 2), seed=1000)),
         "world": prompt_scores(
             classifier, draw(pipeline, [text for _, text in things], seed=2000), [what for what, _ in things]

@@ -13,10 +13,7 @@ import yaml
 from conftest import ROOT, SCRIPTS, isolated
 from safetensors.torch import load_file
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skip(reason="checkpoints under FSDP2 fail over gloo: the gathered weights have no storage"),
-]
+pytestmark = pytest.mark.slow
 
 
 def environment(engine, name):
