@@ -114,8 +114,8 @@ def test_a_failed_upload_leaves_the_result_and_says_how_to_go_on(hub, client, ar
     done = client(SCRIPTS["lora"], *argv(push_to_hub=True, hub_token=hub.token), token="")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert f"the result is whole in {tmp_path / 'out'}, but its upload failed" in last
-    assert f"again: hf upload user/out {tmp_path / 'out'} . --include 'README.md'" in last
+    assert f"the weights are whole in {tmp_path / 'out'}, but the upload failed: " in last
+    assert f"failed: hf upload user/out {tmp_path / 'out'} . --include 'README.md'" in last
     assert "Traceback" not in done.stderr
     assert hub.token not in done.stderr
     assert (tmp_path / "out/pytorch_lora_weights.safetensors").is_file()

@@ -189,7 +189,8 @@ def test_same_weights_same_bytes(lora, tmp_path):
 
 
 def targets(lora, argv, **flags):
-    return lora.choose_targets(lora.parse_args(argv(**flags)), {})["transformer"]
+    args = lora.parse_args(argv(**flags))
+    return lora.choose_targets(args, lora.read_pipeline(args))["transformer"]
 
 
 @pytest.mark.parametrize(
