@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 
 import pytest
 from conftest import SCRIPTS, isolated
 from hub_stand_in import HubStandIn
 from PIL import Image
 
-EMPTY = tempfile.mkdtemp()  # a folder with nothing in it
+EMPTY = str(Path(__file__).parent / "engines")  # a folder without images
 PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt": "a dog"}
 
 
