@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from conftest import SCRIPTS, isolated
 from hub_stand_in import HubStandIn
 from PIL import Image
 
-EMPTY = str(Path(__file__).parent / "engines")  # a folder without images
+EMPTY = str(Path(tempfile.gettempdir(), "dreambooth-without-images"))
+Path(EMPTY).mkdir(exist_ok=True)
 PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt": "a dog"}
 
 
