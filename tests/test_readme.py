@@ -99,7 +99,7 @@ def test_recipe(output_dir, expected):
 
 def test_every_flag_that_is_named_exists():
     known = {"--multi_gpu", "--config_file", "--num_processes", "--other", "--size", "--help"}
-    known |= {"--work", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
+    known |= {"--all", "--work", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
     known |= {"--repo-type", "--local-dir", "--logdir", "--flavor", "--timeout", "--secret", "--secrets", "--volume"}
     for kind in ("full", "lora"):
         known |= set(load_script(kind).build_parser()._option_string_actions)
