@@ -17,14 +17,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import tiny_sd3  # noqa: E402
 
-# transformer: blocks, heads of 64, blocks with a second attention; CLIPs: width, layers, heads;
-# T5: width, inner width, layers; VAE: channels of its first level
+# transformer: blocks, heads of 64, blocks with a second attention, side of the latents that it draws unasked;
+# CLIPs: width, layers, heads; T5: width, inner width, layers; VAE: channels of its first level
 SIZES = {
-    "tiny": {"transformer": (2, 1, 0), "clip": (32, 2, 2), "clip2": (64, 2, 2), "t5": (128, 256, 2), "vae": 16},
-    "small": {"transformer": (10, 6, 0), "clip": (256, 4, 4), "clip2": (512, 6, 8), "t5": (1024, 2816, 10), "vae": 32},
-    "sd3-medium": {"transformer": (24, 24, 0), "clip": (768, 12, 12), "clip2": (1280, 32, 20), "t5": None, "vae": 128},
+    "tiny": {"transformer": (2, 1, 0, 32), "clip": (32, 2, 2), "clip2": (64, 2, 2), "t5": (128, 256, 2), "vae": 16},
+    "small": {
+        "transformer": (10, 6, 0, 32),
+        "clip": (256, 4, 4),
+        "clip2": (512, 6, 8),
+        "t5": (1024, 2816, 10),
+        "vae": 32,
+    },
+    "sd3-medium": {
+        "transformer": (24, 24, 0, 128),
+        "clip": (768, 12, 12),
+        "clip2": (1280, 32, 20),
+        "t5": None,
+        "vae": 128,
+    },
     "sd3.5-medium": {
-        "transformer": (24, 24, 13),
+        "transformer": (24, 24, 13, 128),
         "clip": (768, 12, 12),
         "clip2": (1280, 32, 20),
         "t5": None,
@@ -46,9 +58,9 @@ def clip(width, layers, heads, tokens):
     return CLIPTextModelWithProjection(config)
 
 
-def transformer(blocks, heads, dual, joint, pooled):
+def transformer(blocks, heads, dual, side, joint, pooled):
     return SD3Transformer2DModel(
-        sample_size=128,
+        sample_size=side,
         num_layers=blocks,
         num_attention_heads=heads,
         caption_projection_dim=64 * heads,
