@@ -393,8 +393,17 @@ def parse_args(argv=None):
     return args
 
 
+def needs_bitsandbytes(args):
+    """Whether a flag asks for it, or the base may: the configs of a quantised one say so, and those on the Hub may."""
+    configs = list(Path(args.pretrained_model_name_or_path).glob("*/config.json"))
+    quantized = not configs or any("quantization_config" in path.read_text(errors="replace") for path in configs)
+    return quantized or args.use_8bit_adam or bool(vars(args).get("bnb_quantization_config_path"))
+
+
 if __name__ == "__main__":  # before the imports below, which take seconds: --help and a wrong flag answer at once
     ARGS = parse_args()
+    if not needs_bitsandbytes(ARGS):
+        sys.modules["bitsandbytes"] = None  # else PEFT imports it, and it torch's compiler: a fifth of all imports
 gc.disable()  # imports leave no garbage, and the search for it takes a fifth of their time
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchvision that nothing here needs
 

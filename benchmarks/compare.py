@@ -21,6 +21,8 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,11 +82,18 @@ def measure(command):
     return dict(zip(FIGURES, (wall, updates[first], rate, usage.ru_maxrss / 1024, gpu[0]), strict=True))
 
 
+def build(work, args):
+    """The checkpoint and the pictures, by a process of its own: the peak of this one is a floor to its children's."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        model = pool.submit(build_checkpoint, work / args.size, args.size)
+        folder = work / ("captioned" if args.captions else "pictures")
+        data = pool.submit(build_pictures, folder, args.resolution, captions=args.captions)
+        return model.result(), data.result()
+
+
 def main(args):
     work = Path(args.work or tempfile.mkdtemp(prefix="compare-"))
-    model = build_checkpoint(work / args.size, args.size)
-    name = "captioned" if args.captions else "pictures"
-    data = build_pictures(work / name, args.resolution, captions=args.captions)
+    model, data = build(work, args)
     source = (
         ["--dataset_name", str(data), "--caption_column", "text"] if args.captions else ["--instance_data_dir", data]
     )
