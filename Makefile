@@ -20,10 +20,11 @@ format: .venv/ready
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-.venv/ready: requirements_sd3.txt requirements_dev.txt
+.venv/ready: requirements_sd3.txt requirements_dev.txt tests/engines/requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.11 to 3.14, or name one: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 15) or sys.exit(f"Python 3.11 to 3.14 is needed, $(PYTHON) is {v[0]}.{v[1]}: name another with make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements_sd3.txt -r requirements_dev.txt
 	$(BIN)/python -m pip check
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/deepspeed -r tests/engines/requirements.txt
 	@touch $@

@@ -422,6 +422,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds: --he
         sys.modules["bitsandbytes"] = None  # else PEFT imports it, and it torch's compiler: a fifth of all imports
 gc.disable()  # imports leave no garbage, and the search for it takes a fifth of their time
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchvision that nothing here needs
+if os.environ.get("RANK", "0") != "0":
+    os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars: those of one process will do
 
 import numpy as np
 import psutil
@@ -1235,7 +1237,7 @@ def cache_moments(dataset, vae, accelerator):
         for index in range(len(dataset))
     }
     mine, moments = list(keys)[accelerator.process_index :: accelerator.num_processes], TensorFile(dataset.args)
-    for key in tqdm(mine, desc="Caching latents", disable=not accelerator.is_main_process):
+    for key in tqdm(mine, desc="Caching latents", disable=not (mine and accelerator.is_main_process)):
         pixels = dataset.pixels(*key, derive_seed(dataset.args.seed, "cache", *key))
         moments[key] = [encode_moments(vae, pixels[None].to(accelerator.device))[0]]
     moments.gather(accelerator)
@@ -1410,7 +1412,8 @@ MAY_DIFFER = (
 
 def whole_state(accelerator, model):
     """A model's weights by name, whole on the main process. Called on each process, for each may have a part."""
-    return {name.replace("_orig_mod.", ""): weight for name, weight in accelerator.get_state_dict(model).items()}
+    state = accelerator.get_state_dict(model) or {}  # ZeRO-3 hands the others None
+    return {name.replace("_orig_mod.", ""): weight for name, weight in state.items()}
 
 
 def save_weights(accelerator, trained, folder, dtype=torch.float32, header=None):
@@ -2251,8 +2254,12 @@ def start_accelerator(args):
         )
     except ValueError as error:
         refuse(f"--mixed_precision {args.mixed_precision}: {error}")
-    if accelerator.state.deepspeed_plugin is not None:  # it wants a number, and batches here differ in length
+    if accelerator.state.deepspeed_plugin is not None:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        # DeepSpeed wants a number, and batches here differ in length.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        unset_hf_deepspeed_config()  # else ZeRO-3 would split the frozen encoders, whatever zero3_init_flag says
     engine = accelerator.distributed_type.value
     if args.use_ema and engine in ("FSDP", "DEEPSPEED"):
         refuse(f"--use_ema needs the whole weights on each process, {engine} splits them")
@@ -2260,6 +2267,8 @@ def start_accelerator(args):
         refuse(f"--train_text_encoder: with {engine} accelerate trains one model alone: leave it out, or use DDP")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
+    if accelerator.num_processes > 1:
+        number_warnings(accelerator.process_index)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -2268,6 +2277,16 @@ def start_accelerator(args):
         atexit.register(remove_encoded, args)
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def number_warnings(rank):
+    """Puts the number of the process before the warnings of Python and the libraries; `log` does it by itself."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(levelname)s: [RANK {rank}] %(message)s"))
+    logging.captureWarnings(True)
+    for name in "py.warnings accelerate datasets diffusers huggingface_hub peft transformers".split():
+        library = logging.getLogger(name)
+        library.handlers, library.propagate = [handler], False
 
 
 def remove_encoded(args):

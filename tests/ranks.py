@@ -8,17 +8,20 @@ all cases.
 """
 
 import functools
-import importlib
 import inspect
 import json
 import os
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
-MODULES = {"full": "train_dreambooth_sd3", "lora": "train_dreambooth_lora_sd3"}
+
+import train_dreambooth_lora_sd3 as lora  # noqa: E402  before torch, as where it runs by itself
+import train_dreambooth_sd3 as full  # noqa: E402
+
+import torch  # noqa: E402  isort: skip
+
+MODULES = {"full": full, "lora": lora}
 
 
 def whole(tensor):
@@ -78,7 +81,7 @@ def run_case(case):
     import pytest
     from accelerate.state import AcceleratorState, GradientState
 
-    script, record = importlib.import_module(MODULES[case["script"]]), Record()
+    script, record = MODULES[case["script"]], Record()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda *group: None)  # the next case needs it
         record.watch(monkeypatch, script)

@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, SCRIPTS
 
@@ -33,25 +36,49 @@ def free_port():
         return listener.getsockname()[1]
 
 
+ALIAS = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+
+
+def machines(folder):
+    """A prefix for the commands of each of two machines, with a name and an address of its own on the loopback."""
+    hosts = folder / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n127.0.0.2 first\n127.0.0.3 second\n")
+    prefixes = [["unshare", "--uts", "--mount", "sh", "-c", ALIAS, name, str(hosts)] for name in ("first", "second")]
+    if shutil.which("unshare") is None or subprocess.run([*prefixes[0], "true"], check=False).returncode:
+        pytest.skip("a host name of one's own takes unshare, and the right to use it")
+    return prefixes
+
+
+def listening():
+    """Addresses that this machine's processes listen on."""
+    return {connection.laddr.ip for connection in psutil.net_connections("tcp4") if connection.status == "LISTEN"}
+
+
 def test_two_machines_are_one_run(argv, tmp_path):
     """Launched on each machine by the command of the README: a process each, and a checkpoint of two."""
-    port, started = free_port(), []
-    for rank in (0, 1):
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    port, started, addresses = free_port(), [], set()
+    for rank, prefix in enumerate(machines(tmp_path)):
+        command = [*prefix, sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         command += ["--num_machines", "2", "--machine_rank", str(rank), "--mixed_precision", "no"]
-        command += ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+        command += ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.2", "--main_process_port", str(port)]
         flags = argv(output_dir=tmp_path / "out", max_train_steps=2, checkpointing_steps=2)
         started.append(
             subprocess.Popen(
                 [*command, str(SCRIPTS["lora"]), *flags],
-                env={**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"},
+                env={**os.environ, "ACCELERATE_USE_CPU": "true"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
         )
-    said = [process.communicate(timeout=300)[0] for process in started]
+    with ThreadPoolExecutor() as pool:
+        texts = [pool.submit(process.communicate, timeout=300) for process in started]
+        while not all(text.done() for text in texts):
+            addresses |= listening()
+            time.sleep(0.1)
+    said = [text.result()[0] for text in texts]
     assert [process.returncode for process in started] == [0, 0], said
+    assert {"127.0.0.2", "127.0.0.3"} <= addresses
     manifest = json.loads(Path(tmp_path, "out/checkpoint-2/dreambooth.json").read_text())
     assert manifest["flags"]["processes"] == 2
     assert ["The result is in" in text for text in said] == [True, False]
@@ -81,3 +108,27 @@ def test_a_process_that_alone_refuses_says_so(launch, tmp_path):
     assert "refusing.py: error: process 1: no\n" in done.stderr
     done = launch(path, ["01"], processes=2)
     assert done.stderr.count("error: no\n") == 1 and "process 1: no" not in done.stderr
+
+
+WARNING = f"""
+import sys, warnings
+sys.path.insert(0, {str(ROOT)!r})
+import train_dreambooth_lora_sd3 as script
+from huggingface_hub.utils import logging
+
+accelerator = script.start_accelerator(script.parse_args(sys.argv[1:]))
+if accelerator.process_index == 1:
+    warnings.warn("first oddity")
+    logging.get_logger("huggingface_hub.repository").warning("second oddity")
+    script.log.warning("third oddity", main_process_only=False)
+"""
+
+
+def test_warnings_carry_the_number_of_their_process(launch, argv, tmp_path):
+    path = tmp_path / "warning.py"
+    path.write_text(WARNING)
+    done = launch(path, argv(), processes=2)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "oddity" in line and "warnings.warn(" not in line]
+    assert len(lines) == 3
+    assert all(line.startswith("WARNING: [RANK 1] ") for line in lines)

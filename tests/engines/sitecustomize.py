@@ -1,5 +1,6 @@
 """accelerate's FSDP2 and DeepSpeed code over gloo: on a CPU accelerate would pass FSDP2 over in silence."""
 
+import importlib
 import os
 
 if os.environ.get("ENGINE"):
@@ -15,5 +16,8 @@ if os.environ.get("ENGINE"):
         if fresh:
             self.fsdp_plugin = fsdp_plugin or utils.FullyShardedDataParallelPlugin()
 
-    if os.environ["ENGINE"] == "fsdp":
+    if os.environ["ENGINE"] == "fsdp2":
         state.AcceleratorState.__init__ = start_fsdp
+    else:
+        communication = importlib.import_module("deepspeed.comm.torch")
+        communication.build_shm_op = lambda: None  # for CPUs it would compile an extension, which takes minutes

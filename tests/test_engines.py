@@ -1,0 +1,154 @@
+"""FSDP2 and DeepSpeed, by accelerate's own code over gloo: they train, save, resume, and end as one process does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+import yaml
+from conftest import ROOT, SCRIPTS, isolated
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+DEEPSPEED = Path(sys.prefix, "deepspeed")  # see tests/engines/requirements.txt
+CLIPPING = 0.5
+NAMES = {"fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+
+
+def environment(name):
+    """What `accelerate launch --config_file demo/accelerate/NAME.yaml` sets, and the shim to run without a GPU."""
+    config = yaml.safe_load((ROOT / f"demo/accelerate/{name}.yaml").read_text())
+    if name == "fsdp2":
+        section = config["fsdp_config"]
+        section["fsdp_transformer_cls_to_wrap"] = section.pop("fsdp_transformer_layer_cls_to_wrap")
+        flags = {"ACCELERATE_USE_FSDP": True, **section}
+    else:
+        section = config["deepspeed_config"]
+        names = {"zero3_init_flag": "zero3_init"}
+        flags = {f"ACCELERATE_DEEPSPEED_{names.get(key, key)}": value for key, value in section.items()}
+        flags |= {"ACCELERATE_USE_DEEPSPEED": True, "ACCELERATE_GRADIENT_CLIPPING": CLIPPING, "DS_ACCELERATOR": "cpu"}
+    flags |= {"ACCELERATE_USE_CPU": False, "ENGINE": name}
+    flags = {
+        key.upper(): str(value).lower() if isinstance(value, bool) else str(value) for key, value in flags.items()
+    }
+    return os.environ | flags | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/engines"), str(DEEPSPEED)])}
+
+
+def cases(home, model, images, processes):
+    """Four updates; then, for two processes, the last two again from the checkpoint between."""
+    for kind in SCRIPTS:
+        for again in range(processes):
+            flags = {
+                "pretrained_model_name_or_path": model,
+                "instance_data_dir": images,
+                "instance_prompt": "a photo of sks dog",
+                "validation_prompt": "a dog",
+                "validation_data_dir": images,
+                "num_validation_images": 3,
+                "resolution": 32,
+                "train_batch_size": 2 // processes,
+                "max_train_steps": 4,
+                "checkpointing_steps": 2,
+                "learning_rate": 1e-3,
+                "adam_epsilon": 1e-3,
+                "max_grad_norm": CLIPPING,
+                "lr_warmup_steps": 0,
+                "seed": 0,
+                "report_to": "none",
+                "output_dir": home / f"{kind}-{processes}{'-resumed' * again}",
+            }
+            if again:
+                flags["resume_from_checkpoint"] = home / f"{kind}-{processes}/checkpoint-2"
+            argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+            yield {"script": kind, "argv": argv, "record": f"{flags['output_dir']}.record"}
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints, pictures, tmp_path_factory):
+    """Folder with the outputs and records of the runs of one process."""
+    home = tmp_path_factory.mktemp("alone")
+    with isolated():
+        for case in cases(home, checkpoints(), pictures(3), 1):
+            ranks.run_case(case)
+    return home
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def engine(request):
+    if NAMES[request.param] == "DEEPSPEED" and not DEEPSPEED.is_dir():
+        pytest.skip("DeepSpeed is not there: see tests/engines/requirements.txt")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def home(engine, checkpoints, pictures, tmp_path_factory):
+    """Folder with the outputs and records of the runs of two processes."""
+    home = tmp_path_factory.mktemp(engine)
+    path = home / "cases.json"
+    path.write_text(json.dumps(list(cases(home, checkpoints(), pictures(3), 2))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/ranks.py"), str(path)],
+        env=environment(engine),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return home
+
+
+def updates(home, name, rank=0):
+    return torch.load(Path(home, f"{name}.record.{rank}"), weights_only=False)["log_update"]
+
+
+def weights(folder):
+    files = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder, "transformer").glob("*.safetensors"))
+    assert files
+    return {f"{file.name} {key}": value for file in files for key, value in load_file(file).items()}
+
+
+def test_the_engine_is_the_one_of_the_file(home, engine, kind):
+    """And what it splits lies in two parts in a checkpoint."""
+    for rank in (0, 1):
+        record = torch.load(home / f"{kind}-2.record.{rank}", weights_only=False)
+        assert (record["processes"], record["engine"]) == (2, NAMES[engine])
+        pattern = {
+            "fsdp2": "*/__{}_0.distcp",
+            "zero2": "*/*zero_pp_rank_{}_*optim*",
+            "zero3": "*/zero_pp_rank_{}_*model*",
+        }
+        assert list(home.glob(f"{kind}-2/checkpoint-2/{pattern[engine].format(rank)}"))
+
+
+def test_the_losses_and_the_final_files_are_those_of_one_process(alone, home, kind):
+    for ours, theirs in zip(updates(alone, f"{kind}-1"), updates(home, f"{kind}-2"), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
+    ours, theirs = weights(alone / f"{kind}-1"), weights(home / f"{kind}-2")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5, msg=name)
+    names = [sorted(p.name for p in folder.iterdir()) for folder in (alone / f"{kind}-1", home / f"{kind}-2")]
+    assert names[0] == names[1]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(home, kind):
+    whole, resumed = updates(home, f"{kind}-2"), updates(home, f"{kind}-2-resumed")
+    assert resumed == whole[2:]
+    whole, resumed = weights(home / f"{kind}-2"), weights(home / f"{kind}-2-resumed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_without_deepspeed_the_error_is_one_line(kind, argv):
+    environ = os.environ | {"ACCELERATE_USE_DEEPSPEED": "true"}
+    command = [sys.executable, str(SCRIPTS[kind]), *argv()]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "pip install deepspeed" in done.stderr
