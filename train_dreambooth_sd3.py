@@ -2352,9 +2352,9 @@ def end(args, accelerator, step, failed):
 
 
 def count_result(args, accelerator, trained, stored):
-    """Bytes of the final result, and of what is loaded to write it: the largest part that is not trained."""
-    others = [size for name, size in stored.items() if name not in trained]
-    return sum(p.numel() * 4 for model in trained.values() for p in model.parameters()) + sum(others), max(others)
+    """Bytes of the final result: what is trained in float32, the other parts as they are stored."""
+    others = sum(size for name, size in stored.items() if name not in trained)
+    return others + sum(p.numel() * 4 for model in trained.values() for p in model.parameters())
 
 
 SHEET, MOST = "dry_run.png", 200  # pictures on the sheet
@@ -2564,12 +2564,12 @@ def rehearse(args, accelerator, parts, targets, dataset, held_out, updates, tota
     with FakeTensorMode(), torch.device(accelerator.device):
         stages, (text, latent) = estimate_stages(args, accelerator, models, targets, size, tokens, lacking)
     cached = text * len(prompts) + latent * len(dataset)
-    result, loaded = count_result(args, accelerator, {name: models[name] for name in targets}, stored)
+    result = count_result(args, accelerator, {name: models[name] for name in targets}, stored)
     parameters = [parameter for name in targets for parameter in trained_parameters(models[name])]
     count = sum(parameter.numel() for parameter in parameters)
     checkpoint = count * (4 + optimizer_bytes(args) + 4 * args.use_ema)
-    if accelerator.device.type == "cpu":  # where the heap keeps what the updates took, and parts come beside it
-        stages = {name: size + base for name, size in {**stages, "result": stages["updates"] + loaded}.items()}
+    if accelerator.device.type == "cpu":  # its memory holds the libraries too
+        stages = {name: size + base for name, size in stages.items()}
     slowest = max(stages, key=stages.get)
     unit = lambda n: next(((m, u) for m, u in ((1e9, "GB"), (1e6, "MB")) if n >= m), (1e3, "kB"))  # noqa: E731
     size = lambda n: f"{n / unit(n)[0]:.4g} {unit(n)[1]}"  # noqa: E731
