@@ -170,7 +170,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send({})
 
     def info(self, repository, name):
-        siblings = [{"rfilename": path} for path in sorted(repository["files"])]
+        asked = "blobs=" in self.path  # sizes are told to those who ask
+        files = sorted(repository["files"].items())
+        siblings = [{"rfilename": path} | ({"size": len(data)} if asked else {}) for path, data in files]
         self.send({"id": name, "sha": COMMIT, "private": repository["private"], "siblings": siblings, "tags": []})
 
     def tree(self, repository, name):

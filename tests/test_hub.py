@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import SCRIPTS
 from hub_stand_in import HubStandIn
 from PIL import Image
+from safetensors.torch import load_file
 
 COMMON = {"README.md", "image_0.png", "image_grid.png", "validation.png", "loss.png"}
 PARTS = {
@@ -93,6 +95,32 @@ def test_push(hub, client, argv, tmp_path, kind):
     fetched = {path for method, path, _ in hub.requests if method == "GET"}
     weights = "transformer/diffusion_pytorch_model" if kind == "full" else "pytorch_lora_weights"
     assert any(path.startswith("/user/") and path.endswith(f"/{weights}.safetensors") for path in fetched)
+
+
+def test_base_from_the_hub(hub, client, checkpoints, argv, tmp_path):
+    """A dry run reads its small files and the sizes of its weights; a run ends as with the base in a folder."""
+    hub.add("someone/sd3", read_files(checkpoints()))
+    said, results = {}, {}
+    for name, base in (("hub", "someone/sd3"), ("folder", checkpoints())):
+        flags = argv(pretrained_model_name_or_path=base, output_dir=tmp_path / name, max_train_steps=1)
+        done = client(SCRIPTS["full"], *flags, "--dry_run")
+        assert done.returncode == 0, done.stderr[-3000:]
+        said[name] = re.findall(r"^(?:updates|trained|written): .*", done.stdout, re.MULTILINE)
+        if name == "hub":
+            fetched = {path.rpartition("/resolve/")[2] for _, path, _ in hub.requests if "/resolve/" in path}
+            assert fetched and not any("safetensors" in path or path.endswith(".bin") for path in fetched)
+        done = client(SCRIPTS["full"], *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        weights = {path: load_file(path) for path in sorted((tmp_path / name).rglob("*.safetensors"))}
+        results[name] = {
+            f"{p.relative_to(tmp_path / name)} {key}": t for p in weights for key, t in weights[p].items()
+        }
+    assert said["hub"] == said["folder"] and len(said["hub"]) == 3
+    assert results["hub"].keys() == results["folder"].keys()
+    assert all(torch.equal(results["hub"][key], results["folder"][key]) for key in results["hub"])
+    done = client(SCRIPTS["full"], *argv(pretrained_model_name_or_path="someone/gone"), "--dry_run")
+    assert done.returncode == 2
+    assert "error: --pretrained_model_name_or_path 'someone/gone'" in done.stderr.splitlines()[-1]
 
 
 def test_no_repository_no_training(hub, client, argv):
