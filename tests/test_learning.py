@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import AutoencoderKL
+from PIL import Image
 
 sys.path.append(str(ROOT / "demo"))
 
@@ -90,3 +91,18 @@ def test_the_base_draws_what_is_asked():
     asked = evaluate.held_out_world(24)
     pictures = evaluate.draw(evaluate.load_pipeline(), [text for _, text in asked])
     assert evaluate.prompt_scores(load_classifier(), pictures, [what for what, _ in asked]) >= 0.8
+
+
+@pytest.mark.slow
+def test_class_and_validation_images_show_what_is_asked(script, run, tmp_path):
+    """At the scripts' own guidance of 7, at which the pipeline gets these two right."""
+    what = {"thing": "cat", "colour": "white", "place": "night"}, {"thing": "boat", "colour": "blue", "place": "beach"}
+    flags = FLAGS | {"train_batch_size": 1, "max_train_steps": 1, "learning_rate": 1e-9}
+    flags |= {"with_prior_preservation": True, "class_prompt": world.caption(what[0]), "num_class_images": 8}
+    flags |= {"validation_prompt": world.caption(what[1]), "num_validation_images": 4}
+    out = run(script, pretrained_model_name_or_path=evaluate.BASE, class_data_dir=tmp_path / "class", **flags)
+    drawn = sorted((tmp_path / "class").iterdir()), sorted(out.glob("image_[0-9].png"))
+    assert list(map(len, drawn)) == [8, 4]
+    for asked, paths in zip(what, drawn, strict=True):
+        pictures = [Image.open(path) for path in paths]
+        assert evaluate.prompt_scores(load_classifier(), pictures, [asked] * len(paths)) >= 0.75
