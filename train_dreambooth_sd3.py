@@ -1032,18 +1032,6 @@ def join_embeds(parts, joint_width):
     return torch.cat([clips, t5.to(clips.dtype)], dim=-2), torch.cat([pooled_l, pooled_g], dim=-1)
 
 
-def encode_prompts(prompts, tokenizers, encoders, max_sequence_length, joint_width):
-    """Embeds (B, S, D) and pooled embeds (B, P) of prompts by all the encoders; zeros for a T5 that is None."""
-    parts = []
-    for name, tokenizer, encoder in zip(TEXT_ENCODERS, tokenizers, encoders, strict=True):
-        if encoder is None:
-            parts.append((parts[0][0].new_zeros(len(prompts), max_sequence_length, joint_width), None))
-            continue
-        ids, _ = tokenize(name, tokenizer, tokenizers[0].model_max_length, prompts, max_sequence_length)
-        parts.append(encode_text(name, encoder, ids.to(next(encoder.parameters()).device)))
-    return join_embeds(parts, joint_width)
-
-
 class PromptTable:
     """Look-up from prompts to their embeds: frozen encoders have spoken once and are gone, trained ones are called.
 

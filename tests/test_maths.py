@@ -31,26 +31,14 @@ def reference_embeds(checkpoint, prompts, length):
     return pipeline, embeds, pooled
 
 
-@pytest.mark.parametrize("length", [77, 154, 512])
+@pytest.mark.parametrize(
+    ("trained", "length"),
+    [((), 77), ((), 512), (("text_encoder", "text_encoder_2"), 154), ("all", 154)],
+    ids=["frozen", "frozen, long", "CLIPs", "all"],
+)
 @pytest.mark.parametrize("t5", [True, False], ids=["T5", "no T5"])
-def test_encode_prompts_equals_the_pipeline(script, checkpoints, t5, length):
-    for prompts in (PROMPTS, PROMPTS[:1]):
-        pipeline, embeds, pooled = reference_embeds(checkpoints(t5=t5), prompts, length)
-        encoders = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
-        tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3]
-        width = pipeline.transformer.config.joint_attention_dim
-        with torch.no_grad():
-            ours, ours_pooled = script.encode_prompts(prompts, tokenizers, encoders, length, width)
-        assert ours.shape == (len(prompts), 77 + length, width)
-        torch.testing.assert_close(ours, embeds, rtol=0, atol=0)
-        torch.testing.assert_close(ours_pooled, pooled, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("trained", [(), ("text_encoder", "text_encoder_2"), "all"], ids=["frozen", "CLIPs", "all"])
-@pytest.mark.parametrize("t5", [True, False], ids=["T5", "no T5"])
-def test_prompt_table_equals_the_pipeline(script, checkpoints, argv, t5, trained):
+def test_prompt_table_equals_the_pipeline(script, checkpoints, argv, t5, trained, length):
     """Looked up, called, or some of each, in any order and with repeats."""
-    length = 154
     checkpoint = checkpoints(t5=t5)
     batch = [PROMPTS[2], PROMPTS[0], PROMPTS[2], PROMPTS[1]]
     pipeline, embeds, pooled = reference_embeds(checkpoint, batch, length)
