@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from checkpoints import SIZES, build_checkpoint
+from checkpoints import build_checkpoint
 from diffusers import BitsAndBytesConfig, SD3Transformer2DModel
 from diffusers.training_utils import cast_training_params
 from one_run import quantize_anywhere
@@ -111,11 +111,10 @@ def compare_encoders(model):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="small", help="The random checkpoint.")
     parser.add_argument("--work", help="Folder for the checkpoint, kept; unset: a temporary one.")
     args = parser.parse_args()
     quantize_anywhere()
-    model = build_checkpoint(Path(args.work or tempfile.mkdtemp(prefix="quantised-")) / args.size, args.size)
+    model = build_checkpoint(Path(args.work or tempfile.mkdtemp(prefix="quantised-")) / "small", "small")
     compare_transformers(model)
     compare_encoders(model)
 
