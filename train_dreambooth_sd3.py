@@ -2419,7 +2419,7 @@ def list_weights(args, parts):
         except Exception as error:  # also those of whichever HTTP client the Hub's library uses
             refuse(f"--pretrained_model_name_or_path {model!r}: the Hub does not list its files ({error})")
         sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-    stored, ending = {}, rf"\.{re.escape(args.variant)}" if args.variant else r"(-\d+-of-\d+)?"
+    stored, ending = {}, rf"\.{re.escape(args.variant)}" if args.variant else ""
     for name in [name for name in parts if not name.startswith(("tokenizer", "scheduler"))]:
         for suffix in ("safetensors", "bin"):
             pattern = rf"{name}/[\w-]+{ending}(-\d+-of-\d+)?\.{suffix}"
@@ -2537,6 +2537,12 @@ def estimate_stages(args, accelerator, models, targets, size, tokens, lacking):
     return stages, (text, moments[0].nbytes * args.cache_latents)
 
 
+def in_bytes(number):
+    """A number of bytes with its unit, such as 1.826 GB."""
+    scale, unit = next(((scale, unit) for scale, unit in ((1e9, "GB"), (1e6, "MB")) if number >= scale), (1e3, "kB"))
+    return f"{number / scale:.4g} {unit}"
+
+
 def rehearse(args, accelerator, parts, targets, dataset, held_out, updates, total):
     """Reads what is left to read, and says what the run would do and take; no weights are loaded."""
     base = psutil.Process().memory_info().rss
@@ -2555,19 +2561,16 @@ def rehearse(args, accelerator, parts, targets, dataset, held_out, updates, tota
     result = count_result(args, accelerator, {name: models[name] for name in targets}, stored)
     parameters = [parameter for name in targets for parameter in trained_parameters(models[name])]
     count = sum(parameter.numel() for parameter in parameters)
-    checkpoint = count * (4 + optimizer_bytes(args) + 4 * args.use_ema)
+    checkpoint, saved = count * (4 + optimizer_bytes(args) + 4 * args.use_ema), total // args.checkpointing_steps
     if accelerator.device.type == "cpu":  # its memory holds the libraries too
         stages = {name: size + base for name, size in stages.items()}
-    slowest = max(stages, key=stages.get)
-    unit = lambda n: next(((m, u) for m, u in ((1e9, "GB"), (1e6, "MB")) if n >= m), (1e3, "kB"))  # noqa: E731
-    size = lambda n: f"{n / unit(n)[0]:.4g} {unit(n)[1]}"  # noqa: E731
-    free = shutil.disk_usage(args.output_dir).free
+    largest, free = max(stages, key=stages.get), shutil.disk_usage(args.output_dir).free
     print(f"""updates: {total}, which is {total / updates:.1f} epochs of {updates}
 trained: {count:,} parameters of {", ".join(targets)}
-written: {size(result)} at the end, {size(checkpoint)} a checkpoint ({total // args.checkpointing_steps} of them)
-         and {size(cached)} for as long as the run lasts; {size(free)} are free
-memory:  about {size(stages[slowest])} at most, on {accelerator.device.type}, a process; that is in the stage {slowest}
-         {", ".join(f"{name} {size(number)}" for name, number in stages.items())}
+written: {in_bytes(result)} at the end, {in_bytes(checkpoint)} a checkpoint ({saved} of them)
+         and {in_bytes(cached)} for as long as the run lasts; {in_bytes(free)} are free
+memory:  about {in_bytes(stages[largest])} at most, on {accelerator.device.type}, a process, in the stage {largest}
+         {", ".join(f"{name} {in_bytes(number)}" for name, number in stages.items())}
 drawn:   {Path(args.output_dir, SHEET)}, {sheet}""")
 
 
@@ -2594,7 +2597,7 @@ def main(args):
     levels = noise_levels(scheduler, accelerator.device)
     check = functools.partial(validate, args, accelerator, trained, vae, scheduler, embed, held_out)
     caught, seen, skipped, sound = catch_signals(), [], [], True
-    bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
+    bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_main_process)
     for epoch in range(first_epoch(step, updates, total), math.ceil(total / updates)):
         sampler.epoch, sampler.start = epoch, max(step - epoch * updates, 0) * args.gradient_accumulation_steps
         for batch in loader:

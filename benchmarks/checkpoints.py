@@ -35,14 +35,8 @@ SIZES = {
         "t5": None,
         "vae": 128,
     },
-    "sd3.5-medium": {
-        "transformer": (24, 24, 13, 128),
-        "clip": (768, 12, 12),
-        "clip2": (1280, 32, 20),
-        "t5": None,
-        "vae": 128,
-    },
 }
+SIZES["sd3.5-medium"] = SIZES["sd3-medium"] | {"transformer": (24, 24, 13, 128)}
 
 
 def clip(width, layers, heads, tokens):

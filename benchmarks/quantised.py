@@ -70,7 +70,7 @@ def run_update(transformer):
     graph = sum(size for place, size in kept.items() if place not in own)
     transformer.zero_grad()
     output.square().mean().backward()
-    gradients = torch.cat([p.grad.flatten() for name, p in transformer.named_parameters() if p.grad is not None])
+    gradients = torch.cat([p.grad.flatten() for p in transformer.parameters() if p.grad is not None])
     return output.detach(), gradients, graph
 
 

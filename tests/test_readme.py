@@ -26,6 +26,7 @@ def script_of(command):
 def test_command_parses(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dog").mkdir()
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
     kind, place = script_of(command)
     args = load_script(kind).parse_args(command[place + 1 :])
     assert args.instance_prompt

@@ -82,6 +82,7 @@ def test_two_machines_are_one_run(argv, tmp_path):
     manifest = json.loads(Path(tmp_path, "out/checkpoint-2/dreambooth.json").read_text())
     assert manifest["flags"]["processes"] == 2
     assert ["The result is in" in text for text in said] == [True, False]
+    assert ["Training: 100%" in text for text in said] == [True, False]
 
 
 def test_a_process_that_dies_ends_the_other_within_a_minute(launch, argv, tmp_path):
