@@ -70,6 +70,15 @@ def refuse(message):
     sys.exit(2)
 
 
+@contextlib.contextmanager
+def or_refuse(what):
+    """Refuses in one line whatever a with block raises, for damaged files and absent servers may lead to anything."""
+    try:
+        yield
+    except Exception as error:
+        refuse(f"{what} ({type(error).__name__}: {error})")
+
+
 def boolean(text):
     """Value of a true/false flag; argparse's type=bool would take 'False' for true."""
     if text.lower() not in {"true", "false", "1", "0", "yes", "no"}:
@@ -411,11 +420,8 @@ class DreamBoothDataset:
             pixels, size = self.load(kind, number)
             return size, zlib.crc32(pixels)
 
-        with ThreadPoolExecutor() as pool:
-            try:
-                return zip(*pool.map(inspect, range(len(images))), strict=True)
-            except ValueError as error:
-                refuse(f"{flag}: {error}")
+        with or_refuse(flag), ThreadPoolExecutor() as pool:
+            return zip(*pool.map(inspect, range(len(images))), strict=True)
 
     def load(self, kind, number, size=None):
         """Scaled pixels (H, W, 3) of an image, which stay in memory as long as there is room, and its crop's size."""
@@ -573,12 +579,10 @@ def load_rows(args, name):
 
 def read_dataset(args, flag, name, image_column, caption_column):
     """Images of a dataset, decoded when they are used, and a caption or None for each."""
-    try:
+    with or_refuse(f"{flag} {name!r} cannot be read"):
         from datasets import Image as ImageFeature
 
         rows = load_rows(args, name)
-    except Exception as error:  # the readers of its formats raise what they like
-        refuse(f"{flag} {name!r} cannot be read ({type(error).__name__}: {error.__cause__ or error})")
     for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column and column not in rows.column_names:
             refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
@@ -642,9 +646,9 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
 
     Refuses a part that cannot be read or whose weights do not fit its config. `kwargs` are from_pretrained's.
     """
-    model, variant = str(checkpoint or args.pretrained_model_name_or_path), None if checkpoint else args.variant
-    library, class_name = parts[name]
-    try:
+    (library, class_name), model = parts[name], str(checkpoint or args.pretrained_model_name_or_path)
+    variant = None if checkpoint else args.variant
+    with or_refuse(f"{name} of {model!r} cannot be loaded{f' in the variant {variant!r}' if variant else ''}"):
         part_class = getattr(importlib.import_module(library), class_name)
         if not hasattr(part_class, "parameters"):  # a tokenizer or the scheduler
             part = part_class.from_pretrained(model, **where(args, name))
@@ -660,9 +664,6 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
         if name == "vae" and part.config.shift_factor is None:
             raise ValueError("it has no shift_factor, so that it is no SD3's")
-    except Exception as error:  # the libraries raise what a damaged file leads them into
-        variant = f" in the variant {variant!r}" if variant else ""
-        refuse(f"{name} of {model!r}{variant} cannot be loaded ({type(error).__name__}: {error})")
     return part.requires_grad_(False).eval()
 
 
@@ -696,15 +697,12 @@ def load_scheduler(args, parts, accelerator):
 def sketch_part(args, parts, name):
     """A model of the pipeline by its config alone, frozen, on the meta device: sizes without values."""
     (library, class_name), model = parts[name], args.pretrained_model_name_or_path
-    try:
+    with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
         part_class = getattr(importlib.import_module(library), class_name)
-        with torch.device("meta"):
-            if hasattr(part_class, "load_config"):
-                part = part_class.from_config(part_class.load_config(model, **where(args, name)))
-            else:
-                part = part_class(part_class.config_class.from_pretrained(model, **where(args, name)))
-    except Exception as error:  # a config of wrong types leads the libraries into any
-        refuse(f"{name} of {model!r} has a config that cannot be used ({type(error).__name__}: {error})")
+        if library == "diffusers":
+            part = part_class.from_config(part_class.load_config(model, **where(args, name)))
+        else:
+            part = part_class(part_class.config_class.from_pretrained(model, **where(args, name)))
     return part.requires_grad_(False)
 
 
@@ -1139,12 +1137,6 @@ def find_checkpoint(args):
     return None, {}
 
 
-def choose_seed(args, manifest):
-    """--seed, else the checkpoint's, else one that is drawn for all processes."""
-    drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
-    return manifest.get("seed", drawn) if args.seed is None else args.seed
-
-
 def compare_runs(accelerator, checkpoint, then, run):
     """Refuses to go on from a run whose weights or optimizer were others, and says what else has changed."""
     differ = {name: old for name, old in then.items() if name in run and run[name] != old}
@@ -1162,14 +1154,12 @@ def compare_runs(accelerator, checkpoint, then, run):
 
 def resume(accelerator, checkpoint, average, step, total):
     """Loads what goes with the weights of a checkpoint: state of the optimizer, schedule and scaler, the average."""
-    try:
+    with or_refuse(f"{checkpoint} cannot be loaded: take it away and resume from an older one"):
         accelerator.load_state(checkpoint)
         if average:
             state = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
             average.optimization_step = state.pop("step").item()
             average.shadow_params = [state[str(number)] for number in range(len(state))]
-    except Exception as error:  # a damaged file of the right size leads its reader into any
-        refuse(f"{checkpoint} cannot be loaded ({error}): take it away and resume from an older one")
     log.info(f"Resumed from {checkpoint}")
     if step >= total:
         log.warning(f"nothing is left to train: {checkpoint} has {step} updates, {total} are asked for")
@@ -1236,8 +1226,8 @@ def add_class_images(args, parts, accelerator, dataset):
     """Adds the class images to the dataset; those that --class_data_dir lacks are drawn into it before."""
     present = list_images(args.class_data_dir)
     taken = {path.name.split("-")[0] for path in present}  # an interrupted run, or a user, may have left gaps
-    free = [number for number in range(args.num_class_images) if str(number) not in taken]
-    numbers = free[: max(args.num_class_images - len(present), 0)]
+    lacking = max(args.num_class_images - len(present), 0)
+    numbers = [number for number in range(args.num_class_images) if str(number) not in taken][:lacking]
     accelerator.wait_for_everyone()  # nobody counts what another has already drawn
     if numbers:
         draw_class_images(args, parts, accelerator, numbers)
@@ -1259,11 +1249,8 @@ def draw_class_images(args, parts, accelerator, numbers):
     for first in tqdm(firsts, desc="Drawing class images", disable=not accelerator.is_main_process):
         batch = mine[first : first + args.sample_batch_size]
         seeds = [derive_seed(args.seed, "class drawing", number) for number in batch]
-        try:
-            with torch.no_grad():
-                images = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop=bool)
-        except ValueError as error:
-            refuse(f"--prior_generation_precision {dtype}: {error}")
+        with or_refuse(f"class images cannot be drawn in {dtype}, see --prior_generation_precision"), torch.no_grad():
+            images = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop=bool)
         for number, image in zip(batch, images, strict=True):
             name = f"{number}-{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
             save_image(image, Path(args.class_data_dir, name))
@@ -1342,16 +1329,11 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
 def describe_result(args, repository):
     """Title and tags of the model card, the lines of its program that load the pipeline, and the files to upload."""
     options = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}
-    options |= absent_parts(args)
+    options |= {name: None for name in ("text_encoder_3", "tokenizer_3") if name not in read_pipeline(args)}
     base = ", ".join([repr(public_name(args)), *(f"{key}={options[key]!r}" for key in options)])
     usage = f"pipeline = StableDiffusion3Pipeline.from_pretrained({base}, torch_dtype=torch.bfloat16)\n"
     usage += f"pipeline.load_lora_weights({repository!r})\n"
     return f"SD3 DreamBooth LoRA - {repository}", ["lora", "template:sd-lora"], usage, [WEIGHTS]
-
-
-def absent_parts(args):
-    """Parts that diffusers has to be told not to expect, {name: None}: T5 and its tokenizer where there are none."""
-    return {name: None for name in ("text_encoder_3", "tokenizer_3") if name not in read_pipeline(args)}
 
 
 def public_name(args):
@@ -1443,13 +1425,11 @@ def open_repository(args, accelerator):
     from huggingface_hub import auth_check, create_repo
 
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
-    try:
+    remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
+    with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
         private = args.hub_private_repo or None
         repository = create_repo(repository, private=private, exist_ok=True, token=args.hub_token).repo_id
         auth_check(repository, write=True, token=args.hub_token)  # create_repo passes over one that is not ours
-    except Exception as error:  # also those of whichever HTTP client the Hub's library uses
-        remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
-        refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written ({error}): {remedy}")
     return repository
 
 
@@ -1474,11 +1454,10 @@ def publish(args, accelerator, repository, step, image_paths, failed):
 def start_accelerator(args):
     """The accelerator with its trackers not yet started, and the folders that the run writes to."""
     for name in ("output_dir", "class_data_dir") if args.with_prior_preservation else ("output_dir",):
-        try:
-            Path(getattr(args, name)).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=getattr(args, name)).close()
-        except OSError as error:
-            refuse(f"--{name} {getattr(args, name)!r} cannot be written ({error}): give another folder")
+        folder = getattr(args, name)
+        with or_refuse(f"--{name} {folder!r} cannot be written: give another folder"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
     try:
         accelerator = Accelerator(
@@ -1532,10 +1511,8 @@ def start_trackers(args, accelerator, run):
     config = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in run.items()}
     folder, run = str(Path(args.output_dir, args.logging_dir)), args.tracker_run_name
     options = {"wandb": {"dir": folder, "name": run}, "trackio": {"name": run}}
-    try:
+    with or_refuse(f"--report_to {args.report_to}: a tracker does not start: mend it or leave it out"):
         accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
-    except Exception as error:  # whatever its client raises
-        refuse(f"--report_to {args.report_to}: a tracker does not start ({error}): mend it or leave it out")
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -1630,7 +1607,7 @@ def prepare_models(args, accelerator, trained, total):
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
-    average = training_utils.EMAModel(parameters, decay=args.ema_decay) if args.use_ema else None
+    average = training_utils.EMAModel([p.float() for p in parameters], decay=args.ema_decay) if args.use_ema else None
     return trained, parameters, optimizer, schedule, average
 
 
@@ -1749,7 +1726,8 @@ def main(args):
         parts = read_pipeline(args)
         targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
-        step, args.seed = manifest.get("step", 0), choose_seed(args, manifest)
+        drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
+        step, args.seed = manifest.get("step", 0), manifest.get("seed", drawn) if args.seed is None else args.seed
 
         # The data: all of it is checked before anything is created, drawn or loaded. A dry run ends here.
         dataset, held_out = read_instances(args), read_held_out(args)
