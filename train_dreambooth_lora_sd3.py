@@ -60,7 +60,7 @@ from pathlib import Path
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
-WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap")
+WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
 
 def refuse(message):
@@ -152,6 +152,13 @@ def add_method_flags(parser):
     add("--lora_blocks", metavar="NUMBERS", help="Blocks that get adapters, such as 0,3 or 12-24; unset: all.")
     add("--upcast_before_saving", action="store_true", help="Save the final adapters in float32.")
     add("--bnb_quantization_config_path", metavar="FILE", help="BitsAndBytesConfig of a base in 8 or 4 bit; on a GPU.")
+    add(
+        "--init_lora",
+        metavar="PATH",
+        help="Start from the adapters of this file or folder, of the same layers and rank.",
+    )
+    preserved = "Weight of drawing --class_prompt as without adapters: preservation that needs no class images."
+    add("--output_preservation_weight", type=AMOUNT, default=0.0, help=preserved)
     parser.set_defaults(tracker_project_name="dreambooth-sd3-lora")
 
 
@@ -173,7 +180,12 @@ def add_training_flags(parser):
     add("--local_rank", type=int, default=-1, help="For old launchers; LOCAL_RANK in the environment wins.")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1.")
+    add(
+        "--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1; none: uniform."
+    )
+    add(
+        "--training_shift", type=POSITIVE, help="Shift of the training noise levels; unset: the scheduler's, 3 in SD3."
+    )
     add("--logit_mean", type=float, default=0.0, help="Mean of the logit-normal density.")
     add("--logit_std", type=POSITIVE, default=1.0, help="Standard deviation of the logit-normal density.")
     add("--mode_scale", type=float, default=1.29, help="Scale of the mode density.")
@@ -207,6 +219,9 @@ def add_output_flags(parser):
     add("--validation_data_dir", metavar="FOLDER", help="Held-out images: their loss at fixed noise is logged.")
     add("--num_validation_images", type=COUNT, default=4, help="How many images each time.")
     add("--validation_epochs", type=STEPS, default=50, help="Draw after epoch 0 and every so many epochs.")
+    add("--validation_num_inference_steps", type=COUNT, help="Denoising steps of these; unset: the pipeline's own.")
+    add("--validation_guidance_scale", type=AMOUNT, help="Their guidance; unset: the pipeline's own, 0 for Turbo.")
+    add("--skip_final_inference", action="store_true", help="Draw no images at the end.")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="sd3-dreambooth", metavar="FOLDER", help="Where everything is written.")
@@ -250,7 +265,7 @@ def check_input_flags(args):
     for name in ("class_data_dir", "class_prompt"):
         if args.with_prior_preservation and not getattr(args, name):
             refuse(f"--with_prior_preservation needs --{name}")
-        if getattr(args, name) and not args.with_prior_preservation:
+        if getattr(args, name) and not (args.with_prior_preservation or vars(args).get("output_preservation_weight")):
             print(f"--{name} has no effect without --with_prior_preservation", file=sys.stderr)
     if args.resolution % 16:
         near = round(args.resolution / 16) * 16
@@ -687,10 +702,14 @@ def read_transformer_config(args):
 
 
 def load_scheduler(args, parts, accelerator):
-    """The base's scheduler, with its tables of timesteps and sigmas on the device."""
+    """The base's scheduler, with the tables of timesteps and sigmas for training, (1000,) each, on the device."""
     scheduler = load_part(args, parts, "scheduler")
-    scheduler.timesteps = scheduler.timesteps.to(accelerator.device)
-    scheduler.sigmas = scheduler.sigmas.to(accelerator.device)
+    shift = {"shift": args.training_shift} if args.training_shift else {}  # its config, for drawing, keeps its own
+    tables = type(scheduler).from_config(scheduler.config, **shift)
+    scheduler.timesteps, scheduler.sigmas = (
+        tables.timesteps.to(accelerator.device),
+        tables.sigmas.to(accelerator.device),
+    )
     return scheduler
 
 
@@ -743,6 +762,8 @@ def choose_blocks(args, count):
 
 def choose_targets(args, parts, accelerator):
     """Layers that get an adapter, by model. A name or a block that matches none is refused."""
+    if args.output_preservation_weight and (args.with_prior_preservation or not args.class_prompt):
+        refuse("--output_preservation_weight needs --class_prompt, and takes the place of --with_prior_preservation")
     read_quantization(args)  # a wrong one is refused now, not once the text has been encoded
     transformer, chosen = sketch_part(args, parts, "transformer"), set()
     blocks = [f"transformer_blocks.{n}." for n in choose_blocks(args, len(transformer.transformer_blocks))]
@@ -761,6 +782,9 @@ def choose_targets(args, parts, accelerator):
     log.info(f"adapters: {dict(Counter(name.split('.', 2)[-1] for name in chosen))}")
     encoders = TEXT_ENCODERS[:2] if args.train_text_encoder else ()
     targets = {"transformer": [name for name in linear if name in chosen]}
+    if args.init_lora:
+        make_trainable(args, transformer, targets["transformer"])
+        read_adapters(args, None, "transformer", transformer)
     return targets | dict.fromkeys(encoders, ["q_proj", "k_proj", "v_proj", "out_proj"])
 
 
@@ -781,24 +805,43 @@ def make_trainable(args, model, layers):
     training_utils.cast_training_params(model, torch.float32)
 
 
+def adapter_scale(model):
+    """What PEFT multiplies lora_B by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    config = model.peft_config["default"]
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def read_adapters(args, checkpoint, name, model):
+    """Weights of a model's adapters, from a checkpoint or --init_lora; of other layers or rank they are refused."""
+    from peft import get_peft_model_state_dict
+
+    source, own = checkpoint or args.init_lora, get_peft_model_state_dict(model, save_embedding_layers=False)
+    with or_refuse(f"the adapters in {str(source)!r} cannot be read"):
+        state = StableDiffusion3Pipeline.lora_state_dict(str(source))
+    state = {key.removeprefix(f"{name}."): weight for key, weight in state.items() if key.startswith(f"{name}.")}
+    given, wanted = ({key: tuple(weight.shape) for key, weight in each.items()} for each in (state, own))
+    odd = sorted(dict(given.items() ^ wanted.items()))
+    if odd:
+        refuse(f"{str(source)!r} has not the adapters of this run: {len(odd)} of {name} differ, such as {odd[0]}")
+    if not checkpoint:  # a finished file, with its scale in lora_B
+        state = {key: weight / adapter_scale(model) if "lora_B" in key else weight for key, weight in state.items()}
+    return state
+
+
 def load_trained(args, parts, accelerator, targets, checkpoint):
-    """The models of `targets` in the frozen dtype, with float32 adapters on their layers: new or a checkpoint's."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    """The models of `targets` in the frozen dtype, with float32 adapters on their layers: new, or read from a file."""
+    from peft import set_peft_model_state_dict
 
     torch.manual_seed(args.seed)
     trained, dtype = {}, frozen_dtype(accelerator)
-    saved = load_file(Path(checkpoint, WEIGHTS)) if checkpoint else {}
     for name, layers in targets.items():
         # PEFT's prepare_model_for_kbit_training would make the parameters left float32, which autocast undoes,
         # and have inputs require gradients, which checkpointing here does not need.
         quantized = {"quantization_config": read_quantization(args, dtype)} if name == "transformer" else {}
         model = load_part(args, parts, name, **on_device(accelerator, dtype), **quantized)
         make_trainable(args, model, layers)
-        own = {key.removeprefix(f"{name}."): weight for key, weight in saved.items() if key.startswith(f"{name}.")}
-        if checkpoint:
-            if own.keys() != get_peft_model_state_dict(model, save_embedding_layers=False).keys():
-                refuse(f"{checkpoint}: the adapters of {name} are not those of this run")
-            set_peft_model_state_dict(model, own)
+        if checkpoint or args.init_lora:
+            set_peft_model_state_dict(model, read_adapters(args, checkpoint, name, model))
             training_utils.cast_training_params(model, torch.float32)
         trained[name] = model.train()
     return trained
@@ -940,12 +983,12 @@ def draw_latents(args, vae_config, moments, seeds, device):
     return latents, noise, torch.cat(u).to(moments.device)
 
 
-def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled):
-    """Rectified-flow loss of each image, (B,) in float32 (SD3 paper, section 2 and 3.1).
+def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled, target=None):
+    """Rectified-flow loss of each image, (B,) in float32, and the prediction (SD3 paper, sections 2 and 3.1).
 
     latents, noise (B, C, h, w) in float32; u (B,) in [0, 1]; embeds (B, S, D); pooled (B, P). The scheduler's tables
-    of timesteps and sigmas, (1000,) each, run from noisy to clean and lie on the latents' device; the base's shift
-    (3 in SD3, section 5.3.2) is already in them.
+    of timesteps and sigmas run from noisy to clean; the shift (section 5.3.2) is already in them. `target` is another
+    prediction, (B, C, h, w); unset: the data.
     """
     index = (u * len(scheduler.timesteps)).long().clamp(0, len(scheduler.timesteps) - 1)  # mode reaches u = 1
     sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
@@ -957,12 +1000,37 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled)
         pooled_projections=pooled,
         return_dict=False,
     )[0].float()
+    prediction, truth = velocity, noise - latents
     if args.precondition_outputs:
-        prediction, target = noisy - sigma * velocity, latents
-    else:
-        prediction, target = velocity, noise - latents
+        prediction, truth = noisy - sigma * velocity, latents
+    error = prediction - (truth if target is None else target)
     weight = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
-    return (weight * (prediction - target) ** 2).flatten(1).mean(dim=1)
+    return (weight * error**2).flatten(1).mean(dim=1), prediction
+
+
+def batch_losses(args, transformer, scheduler, embed, prompts, latents, noise, u):
+    """Loss of each image of a batch, (B,), and of preservation, if it is asked for.
+
+    That is the distance to what the model without adapters predicts for --class_prompt on the same noisy latents.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    losses = functools.partial(flow_losses, args, transformer, scheduler, latents, noise, u)
+    if not args.output_preservation_weight:
+        return losses(*embed(prompts))[0]
+    adapters = [module for model in embed.trained.values() for module in model.modules()]
+    adapters, kept = (
+        [module for module in adapters if isinstance(module, BaseTunerLayer)],
+        [args.class_prompt] * len(u),
+    )
+    for module in adapters:
+        module.enable_adapters(False)
+    with torch.no_grad():
+        _, before = losses(*embed(kept))
+    for module in adapters:
+        module.enable_adapters(True)
+    preserved, _ = losses(*embed(kept), target=before)
+    return losses(*embed(prompts))[0] + args.output_preservation_weight * preserved
 
 
 def mean_loss(args, losses):
@@ -1037,8 +1105,7 @@ def save_weights(args, accelerator, trained, folder, final=False):
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
         if final:
-            config = model.peft_config["default"]
-            scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+            scale = adapter_scale(model)
             state = {key: value * scale if "lora_B" in key else value for key, value in state.items()}
         layers[f"{name}_lora_layers"] = {key: value.to(dtype) for key, value in state.items()}
     if accelerator.is_main_process:
@@ -1186,8 +1253,8 @@ def evaluation(models, parameters, average):
             model.train()
 
 
-def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
-    """PIL images of one prompt, one a seed, by the base pipeline with its own number of steps and guidance.
+def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, **options):
+    """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
     `prompt` and `empty` are embeds (1, S, D) and pooled embeds (1, P) of the prompt and of "". The VAE decodes in
     float32. Errors: ValueError for latents that are not finite; InterruptedError once `stop()` is true.
@@ -1211,6 +1278,7 @@ def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         callback_on_step_end=look,
         output_type="latent",
+        **options,
     ).images
     if pipeline.interrupt:
         raise InterruptedError("a signal has come")
@@ -1275,7 +1343,7 @@ def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embe
             moments, text = example["data"][None].to(device), embed([example["prompt"]])
             latents, noise, _ = draw_latents(args, vae_config, moments, seeds, torch.device("cpu"))
             u = torch.full((1,), (level + 0.5) / 8, device=device)
-            losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text).item()
+            losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text)[0].item()
     losses = dict(utils.gather_object(list(losses.items())))
     return math.fsum(losses.values()) / len(losses)
 
@@ -1291,8 +1359,11 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
         if held_out:
             loss = measure_held_out(args, accelerator, transformer, vae.config, scheduler, embed, held_out)
             accelerator.log({"validation_loss": loss}, step=step)
-        if not args.validation_prompt:
+        if not args.validation_prompt or final and args.skip_final_inference:
             return []
+        drawing = {"num_inference_steps": args.validation_num_inference_steps}
+        drawing["guidance_scale"] = args.validation_guidance_scale
+        drawing = {name: value for name, value in drawing.items() if value is not None}
         texts, stop = (embed([args.validation_prompt]), embed([""])), lambda: read_signal(accelerator, caught)
         numbers = list(range(args.num_validation_images))
         with (
@@ -1300,7 +1371,7 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
             accelerator.split_between_processes(numbers, apply_padding=True) as mine,
         ):
             for n in mine:
-                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop)[0]
+                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop, **drawing)[0]
     training_utils.free_memory()
     images = dict(utils.gather_object(list(images.items())))
     if not accelerator.is_main_process:
@@ -1557,7 +1628,7 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     Each encoder is freed before the next part is loaded: the memory of a run is that of its largest part, not of all.
     """
     prompts = {prompt for each in (dataset, held_out) if each for kind in each.prompts.values() for prompt in kind}
-    prompts |= {args.validation_prompt, ""} if args.validation_prompt else {""}
+    prompts |= {"", *filter(None, (args.validation_prompt, args.class_prompt))}
     embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
     embed.report_cut(sorted(prompts))
     embed.fill(parts, sorted(prompts))
@@ -1761,8 +1832,7 @@ def main(args):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
                     moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
                     latents, noise, u = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
-                    embeds, pooled = embed(batch["prompts"])
-                    losses = flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled)
+                    losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:

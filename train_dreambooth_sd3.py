@@ -60,7 +60,7 @@ from pathlib import Path
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
-WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap")
+WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
 
 def refuse(message):
@@ -166,7 +166,12 @@ def add_training_flags(parser):
     add("--local_rank", type=int, default=-1, help="For old launchers; LOCAL_RANK in the environment wins.")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1.")
+    add(
+        "--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1; none: uniform."
+    )
+    add(
+        "--training_shift", type=POSITIVE, help="Shift of the training noise levels; unset: the scheduler's, 3 in SD3."
+    )
     add("--logit_mean", type=float, default=0.0, help="Mean of the logit-normal density.")
     add("--logit_std", type=POSITIVE, default=1.0, help="Standard deviation of the logit-normal density.")
     add("--mode_scale", type=float, default=1.29, help="Scale of the mode density.")
@@ -200,6 +205,9 @@ def add_output_flags(parser):
     add("--validation_data_dir", metavar="FOLDER", help="Held-out images: their loss at fixed noise is logged.")
     add("--num_validation_images", type=COUNT, default=4, help="How many images each time.")
     add("--validation_epochs", type=STEPS, default=50, help="Draw after epoch 0 and every so many epochs.")
+    add("--validation_num_inference_steps", type=COUNT, help="Denoising steps of these; unset: the pipeline's own.")
+    add("--validation_guidance_scale", type=AMOUNT, help="Their guidance; unset: the pipeline's own, 0 for Turbo.")
+    add("--skip_final_inference", action="store_true", help="Draw no images at the end.")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="sd3-dreambooth", metavar="FOLDER", help="Where everything is written.")
@@ -243,7 +251,7 @@ def check_input_flags(args):
     for name in ("class_data_dir", "class_prompt"):
         if args.with_prior_preservation and not getattr(args, name):
             refuse(f"--with_prior_preservation needs --{name}")
-        if getattr(args, name) and not args.with_prior_preservation:
+        if getattr(args, name) and not (args.with_prior_preservation or vars(args).get("output_preservation_weight")):
             print(f"--{name} has no effect without --with_prior_preservation", file=sys.stderr)
     if args.resolution % 16:
         near = round(args.resolution / 16) * 16
@@ -680,10 +688,14 @@ def read_transformer_config(args):
 
 
 def load_scheduler(args, parts, accelerator):
-    """The base's scheduler, with its tables of timesteps and sigmas on the device."""
+    """The base's scheduler, with the tables of timesteps and sigmas for training, (1000,) each, on the device."""
     scheduler = load_part(args, parts, "scheduler")
-    scheduler.timesteps = scheduler.timesteps.to(accelerator.device)
-    scheduler.sigmas = scheduler.sigmas.to(accelerator.device)
+    shift = {"shift": args.training_shift} if args.training_shift else {}  # its config, for drawing, keeps its own
+    tables = type(scheduler).from_config(scheduler.config, **shift)
+    scheduler.timesteps, scheduler.sigmas = (
+        tables.timesteps.to(accelerator.device),
+        tables.sigmas.to(accelerator.device),
+    )
     return scheduler
 
 
@@ -700,7 +712,7 @@ def sketch_part(args, parts, name):
 
 
 def choose_targets(args, parts, accelerator):
-    """Models that are trained, by their name in the pipeline, each of them whole; refuses flags that do not go along."""
+    """Models that are trained, by their name in the pipeline, each of them whole; refuses flags that exclude it."""
     names = [name for name in TEXT_ENCODERS if args.train_text_encoder and name in parts]
     if "text_encoder_3" in names and accelerator.mixed_precision == "fp16":
         refuse("--train_text_encoder: T5 overflows in fp16: take --mixed_precision bf16 or no, or --no_t5")
@@ -874,12 +886,12 @@ def draw_latents(args, vae_config, moments, seeds, device):
     return latents, noise, torch.cat(u).to(moments.device)
 
 
-def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled):
-    """Rectified-flow loss of each image, (B,) in float32 (SD3 paper, section 2 and 3.1).
+def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled, target=None):
+    """Rectified-flow loss of each image, (B,) in float32, and the prediction (SD3 paper, sections 2 and 3.1).
 
     latents, noise (B, C, h, w) in float32; u (B,) in [0, 1]; embeds (B, S, D); pooled (B, P). The scheduler's tables
-    of timesteps and sigmas, (1000,) each, run from noisy to clean and lie on the latents' device; the base's shift
-    (3 in SD3, section 5.3.2) is already in them.
+    of timesteps and sigmas run from noisy to clean; the shift (section 5.3.2) is already in them. `target` is another
+    prediction, (B, C, h, w); unset: the data.
     """
     index = (u * len(scheduler.timesteps)).long().clamp(0, len(scheduler.timesteps) - 1)  # mode reaches u = 1
     sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
@@ -891,12 +903,17 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled)
         pooled_projections=pooled,
         return_dict=False,
     )[0].float()
+    prediction, truth = velocity, noise - latents
     if args.precondition_outputs:
-        prediction, target = noisy - sigma * velocity, latents
-    else:
-        prediction, target = velocity, noise - latents
+        prediction, truth = noisy - sigma * velocity, latents
+    error = prediction - (truth if target is None else target)
     weight = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
-    return (weight * (prediction - target) ** 2).flatten(1).mean(dim=1)
+    return (weight * error**2).flatten(1).mean(dim=1), prediction
+
+
+def batch_losses(args, transformer, scheduler, embed, prompts, latents, noise, u):
+    """Loss of each image of a batch, (B,)."""
+    return flow_losses(args, transformer, scheduler, latents, noise, u, *embed(prompts))[0]
 
 
 def mean_loss(args, losses):
@@ -1179,8 +1196,8 @@ def evaluation(models, parameters, average):
             model.train()
 
 
-def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
-    """PIL images of one prompt, one a seed, by the base pipeline with its own number of steps and guidance.
+def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, **options):
+    """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
     `prompt` and `empty` are embeds (1, S, D) and pooled embeds (1, P) of the prompt and of "". The VAE decodes in
     float32. Errors: ValueError for latents that are not finite; InterruptedError once `stop()` is true.
@@ -1204,6 +1221,7 @@ def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         callback_on_step_end=look,
         output_type="latent",
+        **options,
     ).images
     if pipeline.interrupt:
         raise InterruptedError("a signal has come")
@@ -1268,7 +1286,7 @@ def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embe
             moments, text = example["data"][None].to(device), embed([example["prompt"]])
             latents, noise, _ = draw_latents(args, vae_config, moments, seeds, torch.device("cpu"))
             u = torch.full((1,), (level + 0.5) / 8, device=device)
-            losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text).item()
+            losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text)[0].item()
     losses = dict(utils.gather_object(list(losses.items())))
     return math.fsum(losses.values()) / len(losses)
 
@@ -1284,8 +1302,11 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
         if held_out:
             loss = measure_held_out(args, accelerator, transformer, vae.config, scheduler, embed, held_out)
             accelerator.log({"validation_loss": loss}, step=step)
-        if not args.validation_prompt:
+        if not args.validation_prompt or final and args.skip_final_inference:
             return []
+        drawing = {"num_inference_steps": args.validation_num_inference_steps}
+        drawing["guidance_scale"] = args.validation_guidance_scale
+        drawing = {name: value for name, value in drawing.items() if value is not None}
         texts, stop = (embed([args.validation_prompt]), embed([""])), lambda: read_signal(accelerator, caught)
         numbers = list(range(args.num_validation_images))
         with (
@@ -1293,7 +1314,7 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
             accelerator.split_between_processes(numbers, apply_padding=True) as mine,
         ):
             for n in mine:
-                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop)[0]
+                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop, **drawing)[0]
     training_utils.free_memory()
     images = dict(utils.gather_object(list(images.items())))
     if not accelerator.is_main_process:
@@ -1549,7 +1570,7 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     Each encoder is freed before the next part is loaded: the memory of a run is that of its largest part, not of all.
     """
     prompts = {prompt for each in (dataset, held_out) if each for kind in each.prompts.values() for prompt in kind}
-    prompts |= {args.validation_prompt, ""} if args.validation_prompt else {""}
+    prompts |= {"", *filter(None, (args.validation_prompt, args.class_prompt))}
     embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
     embed.report_cut(sorted(prompts))
     embed.fill(parts, sorted(prompts))
@@ -1753,8 +1774,7 @@ def main(args):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
                     moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
                     latents, noise, u = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
-                    embeds, pooled = embed(batch["prompts"])
-                    losses = flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled)
+                    losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:
