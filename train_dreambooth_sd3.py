@@ -1670,8 +1670,8 @@ def attempt(failed, what):
 
 def end_run(args, accelerator, step, total, skipped, failed, stop):
     """Ends the run: after a signal with 128 + its number, where less was done than asked for with 1 and the reason."""
-    accelerator.end_training()
     failed = utils.broadcast_object_list([failed])[0]
+    accelerator.end_training()
     reasons = [f"{', '.join(failed)} failed"] if failed else []
     if step < total:
         reasons.append(f"{step} of {total} updates were made")
