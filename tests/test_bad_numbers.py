@@ -65,8 +65,8 @@ def test_a_bad_update_is_skipped_counted_and_logged(script, end, poison, rows, t
     poison({2, 4}, gradient_alone)
     with caplog.at_level(logging.WARNING):
         end(script, max_train_steps=4, checkpointing_steps=1)
-    assert "update 2 is skipped, 1 so far: {'loss': " in caplog.text
-    assert "update 4 is skipped, 2 so far: {'loss': " in caplog.text
+    said = [line.split(",")[0] for line in caplog.messages if "skipped" in line]
+    assert said == ["[RANK 0] update 2 is skipped", "[RANK 0] update 4 is skipped"]
     assert {row["step"]: row["skipped_updates"] for row in rows if "skipped_updates" in row} == {2: 1, 4: 2}
     weights = [read_weights(tmp_path / f"out/checkpoint-{step}") for step in (1, 2, 3, 4)]
     assert weights[0] == weights[1] != weights[2] == weights[3]
@@ -111,15 +111,13 @@ def test_ten_in_a_row_end_the_run(script, end, poison, tmp_path):
         (1.0, 1.0, math.inf, False),  # no scale is left that could have done it
     ],
 )
-def test_whose_skip_it_is(script, monkeypatch, caplog, scale, loss, norm, sound):
+def test_whose_skip_it_is(script, monkeypatch, scale, loss, norm, sound):
     scaler = None if scale is None else types.SimpleNamespace(get_scale=lambda: scale)
     accelerator, skipped = types.SimpleNamespace(scaler=scaler), []
     monkeypatch.setattr(script, "log", logging.getLogger("skips"))
-    with caplog.at_level(logging.INFO):
-        found = script.may_update(accelerator, {"loss": loss, "grad_norm": norm}, 5, skipped)
+    found = script.may_update(accelerator, {"loss": loss, "grad_norm": norm}, 5, skipped)
     assert found is (sound or scaler is not None), "the scaler has to see an update to skip it"
     assert skipped == ([] if sound else [5])
-    assert ("the scaler skips it" in caplog.text) == (sound and not math.isfinite(norm))
 
 
 def test_a_real_scaler_skips_and_halves():
