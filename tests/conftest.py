@@ -177,6 +177,33 @@ def run(argv):
 
 
 @pytest.fixture
+def refusal(script, argv, capsys, monkeypatch):
+    """Runs a script that must refuse with exit code 2, and gives the one line that says so, less the script's name."""
+
+    def refusal(**flags):
+        monkeypatch.setattr(sys, "argv", ["script.py"])
+        with isolated(), pytest.raises(SystemExit) as end:
+            script.main(script.parse_args(argv(**flags)))
+        assert end.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("script.py: error: ")]
+        assert len(lines) == 1
+        return lines[0].removeprefix("script.py: error: ")
+
+    return refusal
+
+
+@pytest.fixture
+def refused(refusal, script, monkeypatch):
+    """The same of a script that must refuse before it loads any part of a model."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("a part is loaded")
+
+    monkeypatch.setattr(script, "load_part", load)
+    return refusal
+
+
+@pytest.fixture
 def few_steps(monkeypatch):
     draw_fast(monkeypatch)
 

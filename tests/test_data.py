@@ -51,7 +51,7 @@ def test_captions_belong_to_files_and_what_was_found_is_said(read, tmp_path, sai
     assert dataset.prompts["instance"] == ["from the text", "from the caption", "a photo of sks dog"]
     for line in (
         f"--instance_data_dir {folder}: passed over notes.md",
-        "--instance_data_dir: 3 images, 1 with --instance_prompt; height x width: 3 at 32x32",
+        "--instance_data_dir: 3 images, 1 with --instance_prompt; (height, width): {(32, 32): 3}",
     ):
         assert said.messages.count(line) == 1
 
@@ -112,8 +112,8 @@ def test_buckets(script, read, tmp_path, said, pictures):
     paint(tmp_path / "data", [(96, 32)] * 3 + [(32, 96)] * 2 + [(64, 64)] + [(20, 20)])
     flags = {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "32,96;96,32;64,64", "train_batch_size": 2}
     dataset = read(instance_data_dir=tmp_path / "data", **flags)
-    assert dataset.sizes == [(32, 96)] * 3 + [(96, 32)] * 2 + [(64, 64)] * 2
-    assert said.messages[-1].endswith("height x width: 3 at 32x96, 2 at 64x64, 2 at 96x32")
+    assert list(dataset.sizes) == [(32, 96)] * 3 + [(96, 32)] * 2 + [(64, 64)] * 2
+    assert said.messages[-1].endswith("(height, width): {(32, 96): 3, (96, 32): 2, (64, 64): 2}")
     paths = sorted(pictures(9).iterdir())
     dataset.add_images("class", "--class_data_dir", paths, ["a dog"] * 9)
     for processes in (1, 2):
