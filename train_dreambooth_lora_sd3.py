@@ -2,18 +2,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate==1.15.0",
-#     "bitsandbytes==0.50.2",
-#     "datasets==5.2.0",
-#     "diffusers==0.42.1",
-#     "peft==0.21.2",
-#     "prodigyopt==1.1.2",
-#     "protobuf==7.36.2",
-#     "sentencepiece==0.2.3",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "transformers==5.23.0",
-#     "wandb==0.31.0",
+#     "accelerate>=1.3", "bitsandbytes>=0.50", "datasets>=3.6", "diffusers>=0.36", "filelock", "huggingface_hub>=0.34",
+#     "numpy>=2.0", "peft>=0.17.1", "pillow>=10.4", "prodigyopt>=1.1.2", "protobuf", "safetensors>=0.4.5",
+#     "sentencepiece", "tensorboard", "torch>=2.6", "tqdm", "transformers>=4.56,<5.24", "wandb",
 # ]
 # ///
 """DreamBooth training of LoRA adapters on Stable Diffusion 3 and 3.5, with the rectified-flow loss of the SD3 paper.
@@ -45,6 +36,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -64,9 +56,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
@@ -170,9 +160,7 @@ def add_training_flags(parser):
     add("--max_grad_norm", type=NORM, default=1.0, help="Clip the gradient to this norm over all; inf does not.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Unset: as accelerate was configured.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later.")
-    add(
-        "--seed", type=in_range(int, 0, 2**32), help="Seed of all draws; unset: one is drawn, and kept in checkpoints."
-    )
+    add("--seed", type=in_range(int, 0, 2**32), help="Of all draws; unset: one is drawn and kept in checkpoints.")
     add("--local_rank", type=int, default=-1, help="For old launchers; LOCAL_RANK in the environment wins.")
 
     add = parser.add_argument_group("loss").add_argument
@@ -315,9 +303,7 @@ from tqdm.auto import tqdm
 
 log = get_logger(__name__)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"}
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -349,8 +335,6 @@ def open_image(source, reach, number):
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.draft(None, (reach, reach))
             image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no range that is known")
         if image.mode.startswith("I"):
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         if image.has_transparency_data:
@@ -402,34 +386,36 @@ def list_buckets(args):
 class DreamBoothDataset:
     """Instance images with their prompts, each together with a class image where there are any.
 
-    An item's place is (epoch, index, copy): all that is drawn for it comes from these and the run's seed; copies are
-    for batches that would not be full. An instance image is cropped to its bucket, a class image to its partner's.
-    `moments`, once filled by `cache_moments`, stands in for the pixels.
+    An item's place is (epoch, index, copy): all that is drawn for it comes from these and the run's seed. A class
+    image is cropped to its partner's size. `moments`, once filled by `cache_moments`, stands in for the pixels.
     """
 
     def __init__(self, args, flag, images, captions):
         self.args, self.buckets, self.images, self.prompts = args, list_buckets(args), {}, {}
         self.sizes, self.moments, self.scaled, self.kept_bytes = [], None, {}, 0
-        prompts = [" ".join((caption or "").split()) or args.instance_prompt for caption in captions]
+        prompts = [" ".join(str(caption or "").split()) or args.instance_prompt for caption in captions]
         if None in prompts:
             refuse(f"{flag}: {prompts.count(None)} of {len(prompts)} images have no caption: give --instance_prompt")
         self.sizes, checksums = self.add_images("instance", flag, images, prompts)
         self.digest = zlib.crc32(repr((prompts, checksums)).encode())
-        sizes = ", ".join(f"{count} at {size[0]}x{size[1]}" for size, count in sorted(Counter(self.sizes).items()))
-        bare = prompts.count(args.instance_prompt)
-        log.info(f"{flag}: {len(images)} images, {bare} with --instance_prompt; height x width: {sizes}")
+        bare, sizes = prompts.count(args.instance_prompt), dict(Counter(self.sizes))
+        log.info(f"{flag}: {len(images)} images, {bare} with --instance_prompt; (height, width): {sizes}")
 
     def add_images(self, kind, flag, images, prompts):
         """Adds the images of a kind and reads each once. Returns the sizes of their crops, and checksums."""
         self.images[kind], self.prompts[kind] = images, prompts
-        if not images:
+        if not len(images):
             refuse(f"{flag}: there is no image")
+
+        def inspect(number):
+            pixels, size = self.load(kind, number)
+            return size, zlib.crc32(pixels)
+
         with ThreadPoolExecutor() as pool:
             try:
-                found = list(pool.map(functools.partial(self.load, kind), range(len(images))))
+                return zip(*pool.map(inspect, range(len(images))), strict=True)
             except ValueError as error:
                 refuse(f"{flag}: {error}")
-        return [size for _, size in found], [zlib.crc32(pixels) for pixels, _ in found]
 
     def load(self, kind, number, size=None):
         """Scaled pixels (H, W, 3) of an image, which stay in memory as long as there is room, and its crop's size."""
@@ -597,9 +583,6 @@ def read_dataset(args, flag, name, image_column, caption_column):
         if column and column not in rows.column_names:
             refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
     captions = rows[caption_column][:] if caption_column else [None] * len(rows)
-    odd = [number for number, caption in enumerate(captions) if not isinstance(caption, str | None)]
-    if odd:
-        refuse(f"{flag}: row {odd[0]} has the caption {captions[odd[0]]!r:.60}: a caption is a string")
     if isinstance(rows.features[image_column], ImageFeature):
         return rows.cast_column(image_column, ImageFeature(decode=False))[image_column], captions
     beside = Path(name).parent if Path(name).is_file() else Path()  # paths are relative to the file they stand in
@@ -626,9 +609,7 @@ def read_held_out(args):
     return DreamBoothDataset(plain, flag, *read_folder(args, flag, args.validation_data_dir))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models ---------------------------------------------------------------------------------------------------------
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # CLIP-L, OpenCLIP bigG, T5: the pipeline's order
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -659,7 +640,7 @@ def read_pipeline(args):
 def load_part(args, parts, name, checkpoint=None, **kwargs):
     """One part of the base pipeline, or of a checkpoint, by its name there; a model is frozen.
 
-    `kwargs` are from_pretrained's. Refuses a part that cannot be read or whose weights do not fit its config.
+    Refuses a part that cannot be read or whose weights do not fit its config. `kwargs` are from_pretrained's.
     """
     model, variant = str(checkpoint or args.pretrained_model_name_or_path), None if checkpoint else args.variant
     library, class_name = parts[name]
@@ -671,7 +652,9 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
                 raise ValueError(f"its vocabulary has {len(part)} words: a file of it is missing")
             return part
         kwargs |= {"variant": variant, "output_loading_info": True, **where(args, name)}
-        part, found = part_class.from_pretrained(model, **kwargs)
+        # Its constructor would compute a table of positions for seconds, only to read it from the file.
+        with torch.device("meta") if name == "transformer" else contextlib.nullcontext():
+            part, found = part_class.from_pretrained(model, **kwargs)
         odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if odd and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
@@ -827,16 +810,11 @@ def trained_parameters(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Text -----------------------------------------------------------------------------------------------------------
 
 
 class PromptTable:
-    """Embeds of prompts: a look-up for the encoders that are frozen, which are freed once they have filled the table.
-
-    `trained` are the encoders that are called instead, by name.
-    """
+    """Embeds of prompts: looked up for frozen encoders, gone once the table is full; `trained` ones are called."""
 
     def __init__(self, args, parts, accelerator, dtype, targets=()):
         self.args, self.accelerator, self.dtype, self.trained, self.recent = args, accelerator, dtype, {}, {}
@@ -911,14 +889,12 @@ class PromptTable:
         return torch.cat([clips, t5], dim=-2), torch.cat([clip_l["pooled"], clip_g["pooled"]], dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flow matching
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Flow matching --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def on_loan(vae, device):
-    """Has the VAE on the device for the length of a with block; its weights on the CPU stay there, so none goes back."""
+    """Has the VAE on the device in a with block; its weights stay on the CPU as well, so none is copied back."""
     waiting = [(parameter, parameter.data) for parameter in vae.parameters()]
     vae.to(device)
     yield
@@ -999,9 +975,7 @@ def mean_loss(args, losses):
     return instance.mean() + args.prior_loss_weight * prior.mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Optimizer ------------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(args, accelerator, trained):
@@ -1012,20 +986,13 @@ def make_optimizer(args, accelerator, trained):
     groups = []
     for name, model in trained.items():
         text = name in TEXT_ENCODERS
-        groups.append(
-            {
-                "params": trained_parameters(model),
-                "lr": args.text_encoder_lr if text and args.optimizer == "adamw" else rate,
-                "weight_decay": args.adam_weight_decay_text_encoder if text else args.adam_weight_decay,
-                "name": name,
-            }
-        )
+        decay = args.adam_weight_decay_text_encoder if text else args.adam_weight_decay
+        own_rate = args.text_encoder_lr if text and args.optimizer == "adamw" else rate
+        groups.append({"params": trained_parameters(model), "lr": own_rate, "weight_decay": decay, "name": name})
     shared = {"lr": rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        if rate <= 0.1:
-            log.warning(f"--learning_rate {rate} is low for prodigy, which scales it by an estimate: 1.0 is usual")
         return Prodigy(
             groups,
             **shared,
@@ -1043,19 +1010,15 @@ def make_optimizer(args, accelerator, trained):
     return torch.optim.AdamW(groups, **shared, fused=fused)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 FORMAT = 1  # of a checkpoint; raised when a script of before could no longer read it
 MANIFEST, AVERAGE = "dreambooth.json", "ema.safetensors"
 MUST_MATCH = (
-    "method pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam use_ema rank"
-    " lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
+    "method pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam use_ema"
+    " full_bf16 rank lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
 ).split()
-MAY_DIFFER = (
-    "local_rank output_dir resume_from_checkpoint report_to logging_dir max_train_steps num_train_epochs".split()
-)
+MAY_DIFFER = "local_rank output_dir logging_dir report_to resume_from_checkpoint max_train_steps num_train_epochs"
 SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
 
 
@@ -1176,6 +1139,12 @@ def find_checkpoint(args):
     return None, {}
 
 
+def choose_seed(args, manifest):
+    """--seed, else the checkpoint's, else one that is drawn for all processes."""
+    drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
+    return manifest.get("seed", drawn) if args.seed is None else args.seed
+
+
 def compare_runs(accelerator, checkpoint, then, run):
     """Refuses to go on from a run whose weights or optimizer were others, and says what else has changed."""
     differ = {name: old for name, old in then.items() if name in run and run[name] != old}
@@ -1183,16 +1152,16 @@ def compare_runs(accelerator, checkpoint, then, run):
     for name in fixed:
         if name in differ:
             refuse(f"{checkpoint} was trained with {name} {differ[name]!r}, not {run[name]!r}: give the same")
-    silent = MAY_DIFFER
+    silent = MAY_DIFFER.split()
     if math.prod(then[name] for name in SHARES) == math.prod(run[name] for name in SHARES):
-        silent = [*MAY_DIFFER, *SHARES]  # an update has the same images, however they are shared out
+        silent += SHARES  # an update has the same images, however they are shared out
     changed = [f"{name} {run[name]!r} was {old!r}" for name, old in differ.items() if name not in silent]
     if changed:
         log.warning(f"the run goes on from {checkpoint}, but not as it was: {', '.join(changed)}")
 
 
 def resume(accelerator, checkpoint, average, step, total):
-    """Loads what goes with the weights of a checkpoint: the optimizer's state, the schedule, the scaler, the average."""
+    """Loads what goes with the weights of a checkpoint: state of the optimizer, schedule and scaler, the average."""
     try:
         accelerator.load_state(checkpoint)
         if average:
@@ -1206,20 +1175,7 @@ def resume(accelerator, checkpoint, average, step, total):
         log.warning(f"nothing is left to train: {checkpoint} has {step} updates, {total} are asked for")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def share_out(accelerator, items):
-    """This process's part of the items, padded, for under FSDP2 all processes take part in each forward pass."""
-    with accelerator.split_between_processes(list(items), apply_padding=True) as mine:
-        return mine
-
-
-def gather_items(accelerator, items):
-    """The dicts of all processes as one."""
-    return dict(utils.gather_object(list(items.items()))) if accelerator.num_processes > 1 else items
+# ---- Validation -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -1325,23 +1281,23 @@ def save_image(image, path):
 def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embed, held_out):
     """Mean loss of the held-out images at eight noise levels each, whose noise is the same at every call and run."""
     losses, device = {}, accelerator.device
-    for index in share_out(accelerator, range(len(held_out))):
-        example = held_out[0, index, 0][0]
-        moments, text = example["data"][None].to(device), embed([example["prompt"]])
-        for level in range(8):
-            seeds = [derive_seed("held out", index, level)]
+    # Padded, for under FSDP2 all processes take part in each forward pass; whatever comes twice counts once.
+    with accelerator.split_between_processes(list(range(len(held_out))), apply_padding=True) as mine:
+        for index, level in itertools.product(mine, range(8)):
+            example, seeds = held_out[0, index, 0][0], [derive_seed("held out", index, level)]
+            moments, text = example["data"][None].to(device), embed([example["prompt"]])
             latents, noise, _ = draw_latents(args, vae_config, moments, seeds, torch.device("cpu"))
             u = torch.full((1,), (level + 0.5) / 8, device=device)
             losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text).item()
-    losses = gather_items(accelerator, losses)
+    losses = dict(utils.gather_object(list(losses.items())))
     return math.fsum(losses.values()) / len(losses)
 
 
 def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, final=False):
     """Logs the held-out loss, and draws --num_validation_images, as far as the flags ask for them.
 
-    Image i is drawn from seed + i, kept as a file and sent to TensorBoard and W&B. Returns the files' paths on the main
-    process. Errors: InterruptedError after a signal, on all processes alike.
+    Image i is drawn from seed + i, kept as a file and sent to the trackers. Returns the paths on the main process.
+    Errors: InterruptedError after a signal, on all processes alike.
     """
     transformer, images = accelerator.unwrap_model(embed.trained["transformer"], keep_torch_compile=False), {}
     with accelerator.autocast():
@@ -1351,11 +1307,15 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
         if not args.validation_prompt:
             return []
         texts, stop = (embed([args.validation_prompt]), embed([""])), lambda: read_signal(accelerator, caught)
-        with on_loan(vae, accelerator.device):
-            for n in share_out(accelerator, range(args.num_validation_images)):
+        numbers = list(range(args.num_validation_images))
+        with (
+            on_loan(vae, accelerator.device),
+            accelerator.split_between_processes(numbers, apply_padding=True) as mine,
+        ):
+            for n in mine:
                 images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop)[0]
     training_utils.free_memory()
-    images = gather_items(accelerator, images)
+    images = dict(utils.gather_object(list(images.items())))
     if not accelerator.is_main_process:
         return []
     images = [images[number] for number in sorted(images)]
@@ -1376,9 +1336,7 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The result and the Hub
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The result and the Hub -----------------------------------------------------------------------------------------
 
 
 def describe_result(args, repository):
@@ -1404,14 +1362,12 @@ def public_name(args):
 
 def name_base_model(args):
     """Family of the base model by its transformer's config and its name, with the page of its licence."""
-    config = read_transformer_config(args)
+    config, family = read_transformer_config(args), "Stable Diffusion 3 Medium"
     if config.get("dual_attention_layers"):
         family = "Stable Diffusion 3.5 Medium"
     elif config.get("qk_norm"):
         turbo = "turbo" in str(args.pretrained_model_name_or_path).lower()
         family = f"Stable Diffusion 3.5 Large{' Turbo' * turbo}"
-    else:
-        family = "Stable Diffusion 3 Medium"
     return family, f"https://huggingface.co/stabilityai/{family.lower().replace(' ', '-')}/blob/main/LICENSE.md"
 
 
@@ -1492,10 +1448,8 @@ def open_repository(args, accelerator):
         repository = create_repo(repository, private=private, exist_ok=True, token=args.hub_token).repo_id
         auth_check(repository, write=True, token=args.hub_token)  # create_repo passes over one that is not ours
     except Exception as error:  # also those of whichever HTTP client the Hub's library uses
-        refuse(
-            f"--push_to_hub: the repository {repository!r} cannot be created or written: give --hub_model_id USER/NAME"
-            f" and a token that may write, by `hf auth login` or in HF_TOKEN ({error})"
-        )
+        remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
+        refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written ({error}): {remedy}")
     return repository
 
 
@@ -1514,9 +1468,7 @@ def publish(args, accelerator, repository, step, image_paths, failed):
             upload_folder(repo_id=repository, folder_path=args.output_dir, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def start_accelerator(args):
@@ -1527,15 +1479,14 @@ def start_accelerator(args):
             tempfile.TemporaryFile(dir=getattr(args, name)).close()
         except OSError as error:
             refuse(f"--{name} {getattr(args, name)!r} cannot be written ({error}): give another folder")
+    logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
     try:
         accelerator = Accelerator(
             # A plugin, since accelerate prefers the environment's number to a plain argument.
             gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to.split(","),
-            project_config=utils.ProjectConfiguration(
-                args.output_dir, str(Path(args.output_dir, args.logging_dir, args.tracker_run_name or ""))
-            ),
+            project_config=utils.ProjectConfiguration(args.output_dir, str(logs)),
             dataloader_config=utils.DataLoaderConfiguration(even_batches=False, non_blocking=True),
             step_scheduler_with_optimizer=False,  # else it would be stepped once a process
             kwargs_handlers=[
@@ -1562,23 +1513,18 @@ def start_accelerator(args):
     return accelerator
 
 
-@contextlib.contextmanager
-def claim_folder(args, accelerator):
-    """Keeps output_dir for this run alone for the length of a with block, with what it encodes; a dry run needs not."""
+def claim_folder(args, accelerator, cleanup):
+    """Keeps output_dir, and what is encoded into it, for this run alone until it ends; a dry run does without."""
     if args.dry_run or not accelerator.is_main_process:
-        yield
         return
     lock, encoded = FileLock(Path(args.output_dir, ".lock")), Path(args.output_dir, ENCODED)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         refuse(f"--output_dir {args.output_dir!r} belongs to a run that is going on: give another folder")
-    try:
-        shutil.rmtree(encoded, ignore_errors=True)  # of a run that was killed
-        yield
-    finally:
-        shutil.rmtree(encoded, ignore_errors=True)
-        lock.release()
+    shutil.rmtree(encoded, ignore_errors=True)  # of a run that was killed
+    cleanup.callback(lock.release)
+    cleanup.callback(shutil.rmtree, encoded, ignore_errors=True)
 
 
 def start_trackers(args, accelerator, run):
@@ -1595,12 +1541,10 @@ def start_trackers(args, accelerator, run):
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
-@contextlib.contextmanager
-def catch_signals():
-    """A list that SIGTERM, SIGINT and SIGUSR1, SLURM's warning, put their number into, for the length of a with block.
+def catch_signals(cleanup):
+    """A list that SIGTERM, SIGINT and SIGUSR1, SLURM's warning, put their number into; a second one ends the process.
 
-    A second one ends the process. `accelerate launch` passes no signal on: send it to the training process, or start
-    that by python or torchrun. Outside the main thread Python catches none.
+    `accelerate launch` passes no signal on: send it to the training process, or start that by python or torchrun.
     """
     caught = []
 
@@ -1611,13 +1555,10 @@ def catch_signals():
         name = signal.Signals(number).name
         print(f"\n{name}: the run saves a checkpoint and ends; a second signal ends it at once", file=sys.stderr)
 
-    here = SIGNALS if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, catch) for number in here}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if threading.current_thread() is threading.main_thread():  # Python catches signals in no other
+        for number in SIGNALS:
+            cleanup.callback(signal.signal, number, signal.signal(number, catch))
+    return caught
 
 
 def leave_signals(worker):
@@ -1630,15 +1571,13 @@ def leave_signals(worker):
 
 def read_signal(accelerator, caught):
     """The signal that any process has caught, or 0. Called on all of them alike."""
-    numbers = torch.tensor([max(caught, default=0)], device=accelerator.device)
-    return int(accelerator.gather(numbers).max()) if accelerator.num_processes > 1 else max(caught, default=0)
+    return int(accelerator.gather(torch.tensor([max(caught, default=0)], device=accelerator.device)).max())
 
 
 def encode_once(args, parts, accelerator, targets, dataset, held_out):
     """The prompts' table and the VAE, once all has been encoded that training does not change.
 
-    The encoders are loaded and freed one by one, then the VAE, and the transformer after this: the memory of a run is
-    that of its largest part, not of all.
+    Each encoder is freed before the next part is loaded: the memory of a run is that of its largest part, not of all.
     """
     prompts = {prompt for each in (dataset, held_out) if each for kind in each.prompts.values() for prompt in kind}
     prompts |= {args.validation_prompt, ""} if args.validation_prompt else {""}
@@ -1703,9 +1642,7 @@ def read_update(args, accelerator, seen, norm, caught):
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: each process has a part of it
     parts = torch.stack(seen).mean(dim=0).chunk(2 if args.with_prior_preservation else 1)
     others = [torch.as_tensor(value).to(parts[0]) for value in (norm, max(caught, default=0))]
-    rows = torch.stack([*(part.mean() for part in parts), *others])[None]
-    if accelerator.num_processes > 1:
-        rows = accelerator.gather(rows)
+    rows = accelerator.gather(torch.stack([*(part.mean() for part in parts), *others])[None])
     *losses, norm, number = torch.cat([rows[:, :-1].mean(dim=0), rows[:, -1:].amax(dim=0)]).tolist()
     seen.clear()
     figures = {"loss": losses[0], "grad_norm": norm}
@@ -1759,9 +1696,7 @@ def end_run(args, accelerator, step, total, skipped, failed, stop):
     if len(skipped) * 10 > total:
         reasons.append(f"{len(skipped)} of {total} updates were skipped, not being finite: lower the rate")
     if stop:
-        reasons = [
-            f"{signal.Signals(stop).name} ended it at update {step}: add --resume_from_checkpoint latest to go on"
-        ]
+        reasons = [f"{signal.Signals(stop).name} came at update {step}: --resume_from_checkpoint latest goes on"]
     if reasons and accelerator.is_main_process:
         print(f"what was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
     if reasons:
@@ -1809,20 +1744,17 @@ def main(args):
     """Trains, and leaves in output_dir what the module's docstring lists."""
     accelerator = start_accelerator(args)
     with contextlib.ExitStack() as cleanup:
-        # What there is: a folder for this run alone, the base model, what of it is trained, and a run to go on from.
-        cleanup.enter_context(claim_folder(args, accelerator))
+        # What there is: a folder for this run alone, the base model, what of it is trained, a run to go on from.
+        claim_folder(args, accelerator, cleanup)
         parts = read_pipeline(args)
         targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
-        step = manifest.get("step", 0)
-        if args.seed is None:
-            args.seed = utils.broadcast_object_list([manifest.get("seed", random.SystemRandom().randrange(2**32))])[0]
+        step, args.seed = manifest.get("step", 0), choose_seed(args, manifest)
 
         # The data: all of it is checked before anything is created, drawn or loaded. A dry run ends here.
         dataset, held_out = read_instances(args), read_held_out(args)
         run = describe_run(args, accelerator, dataset)
-        if checkpoint:
-            compare_runs(accelerator, checkpoint, manifest["run"], run)
+        compare_runs(accelerator, checkpoint, manifest.get("run", run), run)
         if args.dry_run:
             report_dry_run(args, parts, accelerator, targets, dataset)
             return
@@ -1841,7 +1773,7 @@ def main(args):
             resume(accelerator, checkpoint, average, step, total)
         embed.trained, models, transformer = trained, list(trained.values()), trained["transformer"]
 
-        caught, seen, skipped, failed = cleanup.enter_context(catch_signals()), [], [], []
+        caught, seen, skipped, failed = catch_signals(cleanup), [], [], []
         bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_main_process)
         first = max(step - 1, 0) // updates if step < total else total  # of the last update: its images may be due
         for epoch in range(first, math.ceil(total / updates)):
