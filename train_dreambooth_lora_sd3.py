@@ -789,7 +789,10 @@ def load_trained(args, parts, accelerator, targets, checkpoint):
 
     torch.manual_seed(args.seed)
     trained, dtype = {}, frozen_dtype(accelerator)
-    saved = load_file(Path(checkpoint, WEIGHTS)) if checkpoint else {}
+    try:
+        saved = load_file(Path(checkpoint, WEIGHTS)) if checkpoint else {}
+    except Exception as error:  # a damaged file of the right size leads its reader into any
+        refuse(f"{checkpoint} cannot be loaded ({error}): take it away and resume from an older one")
     for name, layers in targets.items():
         # PEFT's prepare_model_for_kbit_training would make the parameters left float32, which autocast undoes,
         # and have inputs require gradients, which checkpointing here does not need.
@@ -1331,8 +1334,8 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
             tracker.log_images({"test" if final else "validation": pixels}, step=step, dataformats="NHWC")
         elif tracker.name in ("wandb", "trackio"):
             picture = importlib.import_module(tracker.name).Image
-            images = [picture(image, caption=args.validation_prompt) for image in images]
-            tracker.log({"test" if final else "validation": images}, step=step)
+            pictures = [picture(image, caption=args.validation_prompt) for image in images]
+            tracker.log({"test" if final else "validation": pictures}, step=step)
     return paths
 
 
@@ -1698,7 +1701,7 @@ def end_run(args, accelerator, step, total, skipped, failed, stop):
     if stop:
         reasons = [f"{signal.Signals(stop).name} came at update {step}: --resume_from_checkpoint latest goes on"]
     if reasons and accelerator.is_main_process:
-        print(f"what was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
+        print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
     if reasons:
         sys.exit(128 + stop if stop else 1)
     log.info(f"The result is in {args.output_dir}")
