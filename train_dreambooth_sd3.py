@@ -1511,7 +1511,8 @@ def claim_folder(args, accelerator, cleanup):
         lock.acquire(timeout=0)
     except Timeout:
         refuse(f"--output_dir {args.output_dir!r} belongs to a run that is going on: give another folder")
-    shutil.rmtree(encoded, ignore_errors=True)  # of a run that was killed
+    for left in (encoded, *Path(args.output_dir).glob(".checkpoint-*.partial")):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     cleanup.callback(lock.release)
     cleanup.callback(shutil.rmtree, encoded, ignore_errors=True)
 
