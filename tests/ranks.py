@@ -55,9 +55,7 @@ class Record(dict):
         """Spies on a script until the patches are undone."""
         self.spy(monkeypatch, script, "draw_latents", lambda args, drawn: (args["seeds"], *map(torch.clone, drawn)))
         self.spy(monkeypatch, script, "log_update", lambda args, _: {"step": args["step"], **args["figures"]})
-        self.spy(
-            monkeypatch, script, "encode_text", lambda args, _: (args["name"], tuple(args["ids"].flatten().tolist()))
-        )
+        self.spy(monkeypatch, script.PromptTable, "encode", lambda args, _: (args["name"], str(args["prompts"])))
         self.spy(monkeypatch, script, "encode_moments", lambda args, _: args["pixels"].double().sum().item())
         self.spy(monkeypatch, script, "draw_images", lambda args, _: args["seeds"])
         self.spy(monkeypatch, script, "make_optimizer", lambda args, optimizer: self.watch_gradients(optimizer))

@@ -51,17 +51,21 @@ def another_format(folder):
 
 @pytest.mark.parametrize("damage", [truncate, lose, lose_manifest, spoil_manifest, another_format])
 def test_seen(script, argv, saved, caplog, capsys, damage):
+    """`latest` takes the one before; a name is refused. Both say why. A dry run goes as far as that."""
     reason = damage(saved / "checkpoint-3")
-    said = f"{saved / 'checkpoint-3'} is no checkpoint to resume from: "
-    args = script.parse_args(argv(output_dir=saved, resume_from_checkpoint="latest"))
-    assert script.find_checkpoint(args)[0] == saved / "checkpoint-2"
-    assert f"passed over: {said}" in caplog.text and reason in caplog.text
-    args.resume_from_checkpoint = "checkpoint-3"
-    with pytest.raises(SystemExit) as end:
-        script.find_checkpoint(args)
-    lines = capsys.readouterr().err.splitlines()
+    flags = {"output_dir": saved, "dry_run": True, "use_ema": True, "learning_rate": 1e-3}
+    with isolated():
+        script.main(script.parse_args(argv(**flags, resume_from_checkpoint="latest")))
+    assert f"the run goes on from {saved / 'checkpoint-2'}, " in caplog.text
+    with isolated(), pytest.raises(SystemExit) as end:
+        script.main(script.parse_args(argv(**flags, resume_from_checkpoint="checkpoint-3")))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert (end.value.code, len(lines)) == (2, 1)
-    assert f"--resume_from_checkpoint: {said}" in lines[0] and reason in lines[0]
+    assert "--resume_from_checkpoint 'checkpoint-3': no whole checkpoint" in lines[0]
+    said = [line for line in caplog.messages if "passed over: " in line]
+    assert len(said) == 2
+    assert all(f"{saved / 'checkpoint-3'} is no checkpoint to resume from: " in line for line in said)
+    assert all(reason in line for line in said)
 
 
 WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}

@@ -53,7 +53,7 @@ def test_a_step_that_fails_costs_no_weights(script, kind, argv, monkeypatch, cap
 
 def test_a_tracker_that_does_not_start_is_refused_before_the_work(script, argv, monkeypatch, capsys):
     monkeypatch.setattr(TensorBoardTracker, "start", fail)
-    monkeypatch.setattr(script, "encode_text", None)
+    monkeypatch.setattr(script, "encode_once", None)
     with isolated(), pytest.raises(SystemExit) as end:
         script.main(script.parse_args(argv(report_to="tensorboard")))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]

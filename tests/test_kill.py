@@ -87,6 +87,18 @@ def test_killed_at_any_moment_of_saving(script, argv, tmp_path, count):
         shutil.rmtree(folder)
 
 
+def test_what_a_killed_run_left_goes(script, argv, tmp_path):
+    """What it had encoded, half a checkpoint of another number, and its lock, which nobody holds."""
+    out = tmp_path / "out"
+    left = [out / ".encoded/text_encoder", out / ".checkpoint-7.partial"]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("a file")
+    (out / ".lock").touch()
+    train(script, argv, max_train_steps=1)
+    assert [path for path in (out / ".encoded", *left) if path.exists()] == []
+
+
 @pytest.fixture
 def tmpfs(tmp_path):
     """Gives a disk of so many bytes, mounted at a folder."""
