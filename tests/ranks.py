@@ -153,8 +153,9 @@ def run_case(case):
             if end.code != case.get("exit"):
                 raise
         finally:
-            state = AcceleratorState()
-            record |= {"processes": state.num_processes, "engine": state.distributed_type.value}
+            state = AcceleratorState._shared_state  # empty where the flags were refused
+            if state:
+                record |= {"processes": state["num_processes"], "engine": state["distributed_type"].value}
             torch.save(dict(record), f"{case['record']}.{os.environ.get('RANK', 0)}")
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
