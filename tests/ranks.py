@@ -104,21 +104,23 @@ def watch_levels(monkeypatch, script, record):
     """Before the first update: the noisy latents and the timesteps of a thousand levels as they reach the layers."""
     original = script.flow_losses
 
-    def watched(args, transformer, scheduler, latents, noise, u, embeds, pooled):
+    def watched(*given, **options):
         if "levels" not in record and torch.is_grad_enabled():
+            args, transformer, scheduler, latents, noise, _, *texts = given
             layers = {"latents": transformer.pos_embed, "timesteps": transformer.time_text_embed}
             record["levels"] = {}
             hooks = [
-                layer.register_forward_pre_hook(lambda _, given, name=name: record["levels"].update({name: given[0]}))
+                layer.register_forward_pre_hook(
+                    lambda _, inputs, name=name: record["levels"].update({name: inputs[0]})
+                )
                 for name, layer in layers.items()
             ]
-            levels = torch.arange(0.5, 1000) / 1000
-            many = [tensor[:1].expand(1000, *tensor.shape[1:]) for tensor in (latents, noise, embeds, pooled)]
+            latents, noise, *texts = (one[:1].expand(1000, *one.shape[1:]) for one in (latents, noise, *texts))
             with torch.no_grad():
-                original(args, transformer, scheduler, *many[:2], levels, *many[2:])
+                original(args, transformer, scheduler, latents, noise, torch.arange(0.5, 1000) / 1000, *texts)
             for hook in hooks:
                 hook.remove()
-        return original(args, transformer, scheduler, latents, noise, u, embeds, pooled)
+        return original(*given, **options)
 
     monkeypatch.setattr(script, "flow_losses", watched)
 

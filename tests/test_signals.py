@@ -1,5 +1,6 @@
 """A signal ends a run at the end of the update, with a checkpoint from which it goes on as if nothing had been."""
 
+import contextlib
 import json
 import os
 import signal
@@ -33,8 +34,8 @@ def test_stops_at_the_update_and_goes_on(script, argv, run, monkeypatch, capsys,
         stopped = stop(script, argv, NUMBERS[name], **flags)
     lines = capsys.readouterr().err.splitlines()
     assert f"{name}: the run saves a checkpoint and ends; a second signal ends it at once" in lines
-    way = "add --resume_from_checkpoint latest to go on"
-    assert lines[-1] == f"what was trained is saved in {folder}, but {name} ended it at update 2: {way}"
+    way = f"{name} came at update 2: --resume_from_checkpoint latest goes on"
+    assert lines[-1] == f"what was trained is saved in {folder}, but {way}"
     assert [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-2"]
     if name != "SIGTERM":
         return
@@ -74,7 +75,8 @@ def test_a_second_signal_ends_at_once(script):
     """In a process of its own, for it ends without a word to anyone."""
     child = os.fork()
     if not child:
-        with script.catch_signals() as caught:
+        with contextlib.ExitStack() as cleanup:
+            caught = script.catch_signals(cleanup)
             os.kill(os.getpid(), signal.SIGUSR1)
             if caught == [signal.SIGUSR1]:
                 os.kill(os.getpid(), signal.SIGTERM)
