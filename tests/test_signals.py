@@ -50,7 +50,7 @@ def test_stops_at_the_update_and_goes_on(script, argv, run, monkeypatch, capsys,
 
 @pytest.mark.parametrize("when", ["along the way", "at the end"])
 def test_stops_in_the_middle_of_drawing(script, kind, argv, monkeypatch, tmp_path, when):
-    """At the denoising step at which it comes, of the first of two images; at the end the weights are there already."""
+    """At the denoising step at which it comes, of the first of two images; at the end after the weights."""
     step, found = FlowMatchEulerDiscreteScheduler.step, []
 
     def told(*args, **kwargs):
