@@ -1837,7 +1837,8 @@ def main(args):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
                     moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
                     latents, noise, u = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
-                    losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
+                    with accelerator.autocast():  # a model of FSDP2 does not enter it by itself
+                        losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:
