@@ -800,7 +800,7 @@ def choose_targets(args, parts, accelerator):
     for block in blocks if args.lora_blocks else ():
         if not any(name.startswith(block) for name in chosen):
             refuse(f"--lora_blocks: {block[:-1]} has none of --lora_layers {args.lora_layers}")
-    log.info(f"adapters: {dict(Counter(name.split('.', 2)[-1] for name in chosen))}")
+    log.info(f"adapters: {dict(Counter(name.split('.', 2)[-1] for name in sorted(chosen)))}")
     encoders = TEXT_ENCODERS[:2] if args.train_text_encoder else ()
     targets = {"transformer": [name for name in linear if name in chosen]}
     return targets | dict.fromkeys(encoders, ["q_proj", "k_proj", "v_proj", "out_proj"])
@@ -1142,6 +1142,8 @@ def save_weights(args, accelerator, trained, folder, final=False):
             config = model.peft_config["default"]
             scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
             state = {key: value * scale if "lora_B" in key else value for key, value in state.items()}
+            # transformers 5 finds DoRA's magnitudes of a text encoder under this name alone.
+            state = {re.sub("magnitude_vector$", "magnitude_vector.weight", key): v for key, v in state.items()}
         layers[f"{name}_lora_layers"] = {key: value.to(dtype) for key, value in state.items()}
     if accelerator.is_main_process:
         StableDiffusion3Pipeline.save_lora_weights(folder, **layers)
