@@ -764,6 +764,8 @@ def read_quantization(args, dtype=None):
         if unknown := set(fields) - set(BitsAndBytesConfig().to_dict()):
             raise ValueError(f"unknown: {', '.join(sorted(map(str, unknown)))}")
         config = BitsAndBytesConfig(**{**fields, "bnb_4bit_compute_dtype": dtype})
+        if not config.quantization_method():
+            raise ValueError("neither load_in_8bit nor load_in_4bit, in fp4 or nf4")
         DiffusersAutoQuantizer.from_config(config).validate_environment()
     except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         remedy = 'give a JSON file with fields of a BitsAndBytesConfig, such as {"load_in_4bit": true}, on a GPU'
