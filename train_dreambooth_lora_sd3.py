@@ -2,18 +2,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate==1.15.0",
-#     "bitsandbytes==0.50.2",
-#     "datasets==5.2.0",
-#     "diffusers==0.42.1",
-#     "peft==0.21.2",
-#     "prodigyopt==1.1.2",
-#     "protobuf==7.36.2",
-#     "sentencepiece==0.2.3",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "transformers==5.23.0",
-#     "wandb==0.31.0",
+#     "accelerate>=1.3", "bitsandbytes>=0.50", "datasets>=3.6", "diffusers>=0.36", "filelock", "huggingface_hub>=0.34",
+#     "numpy>=2.0", "peft>=0.17.1", "pillow>=10.4", "prodigyopt>=1.1.2", "protobuf", "safetensors>=0.4.5",
+#     "sentencepiece", "tensorboard", "torch>=2.6", "tqdm", "transformers>=4.56,<5.24", "wandb",
 # ]
 # ///
 """DreamBooth training of LoRA adapters on Stable Diffusion 3 and 3.5, with the rectified-flow loss of the SD3 paper.
@@ -45,6 +36,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -64,9 +56,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
@@ -170,9 +160,7 @@ def add_training_flags(parser):
     add("--max_grad_norm", type=NORM, default=1.0, help="Clip the gradient to this norm over all; inf does not.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Unset: as accelerate was configured.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later.")
-    add(
-        "--seed", type=in_range(int, 0, 2**32), help="Seed of all draws; unset: one is drawn, and kept in checkpoints."
-    )
+    add("--seed", type=in_range(int, 0, 2**32), help="Of all draws; unset: one is drawn and kept in checkpoints.")
     add("--local_rank", type=int, default=-1, help="For old launchers; LOCAL_RANK in the environment wins.")
 
     add = parser.add_argument_group("loss").add_argument
@@ -258,8 +246,6 @@ def check_input_flags(args):
     if args.resolution % 16:
         near = round(args.resolution / 16) * 16
         refuse(f"--resolution {args.resolution} is not a multiple of 16 (VAE 8, patch 2): {near} is the nearest")
-    if args.aspect_ratio_buckets and not args.use_aspect_ratio_buckets:
-        refuse("--aspect_ratio_buckets needs --use_aspect_ratio_buckets")
     for bucket in (args.aspect_ratio_buckets or "16,16").split(";"):
         sides = re.fullmatch(r" *(\d+) *, *(\d+) *", bucket)
         if not sides or any(int(side) == 0 or int(side) % 16 for side in sides.groups()):
@@ -303,29 +289,11 @@ if os.environ.get("RANK", "0") != "0":
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, utils
 from accelerate.logging import get_logger
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-)
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import (
-    EMAModel,
-    cast_training_params,
-    compute_density_for_timestep_sampling,
-    compute_loss_weighting_for_sd3,
-    find_nearest_bucket,
-    free_memory,
-    parse_buckets_string,
-)
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData
@@ -335,9 +303,7 @@ from tqdm.auto import tqdm
 
 log = get_logger(__name__)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"}
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -369,8 +335,6 @@ def open_image(source, reach, number):
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.draft(None, (reach, reach))
             image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no range that is known")
         if image.mode.startswith("I"):
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         if image.has_transparency_data:
@@ -408,11 +372,9 @@ def list_buckets(args):
     """The sizes (height, width) that images are cropped to; the transformer has to have positions for them."""
     buckets = [(args.resolution, args.resolution)]
     if args.aspect_ratio_buckets:
-        buckets = parse_buckets_string(args.aspect_ratio_buckets)
+        buckets = training_utils.parse_buckets_string(args.aspect_ratio_buckets)
     elif args.use_aspect_ratio_buckets:
-        from diffusers.training_utils import generate_aspect_ratio_buckets  # since diffusers 0.40
-
-        buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=16)
+        buckets = training_utils.generate_aspect_ratio_buckets(args.resolution, divisibility=16)
     config = read_transformer_config(args)
     limit = config["pos_embed_max_size"] * config["patch_size"] * 8
     for height, width in buckets:
@@ -424,39 +386,41 @@ def list_buckets(args):
 class DreamBoothDataset:
     """Instance images with their prompts, each together with a class image where there are any.
 
-    An item's place is (epoch, index, copy): all that is drawn for it comes from these and the run's seed; copies are
-    for batches that would not be full. An instance image is cropped to its bucket, a class image to its partner's.
-    `moments`, once filled by `cache_moments`, stands in for the pixels.
+    An item's place is (epoch, index, copy): all that is drawn for it comes from these and the run's seed. A class
+    image is cropped to its partner's size. `moments`, once filled by `cache_moments`, stands in for the pixels.
     """
 
     def __init__(self, args, flag, images, captions):
         self.args, self.buckets, self.images, self.prompts = args, list_buckets(args), {}, {}
         self.sizes, self.moments, self.scaled, self.kept_bytes = [], None, {}, 0
-        prompts = [" ".join((caption or "").split()) or args.instance_prompt for caption in captions]
+        prompts = [" ".join(str(caption or "").split()) or args.instance_prompt for caption in captions]
         if None in prompts:
             refuse(f"{flag}: {prompts.count(None)} of {len(prompts)} images have no caption: give --instance_prompt")
         self.sizes, checksums = self.add_images("instance", flag, images, prompts)
         self.digest = zlib.crc32(repr((prompts, checksums)).encode())
-        sizes = ", ".join(f"{count} at {size[0]}x{size[1]}" for size, count in sorted(Counter(self.sizes).items()))
-        bare = prompts.count(args.instance_prompt)
-        log.info(f"{flag}: {len(images)} images, {bare} with --instance_prompt; height x width: {sizes}")
+        bare, sizes = prompts.count(args.instance_prompt), dict(Counter(self.sizes))
+        log.info(f"{flag}: {len(images)} images, {bare} with --instance_prompt; (height, width): {sizes}")
 
     def add_images(self, kind, flag, images, prompts):
         """Adds the images of a kind and reads each once. Returns the sizes of their crops, and checksums."""
         self.images[kind], self.prompts[kind] = images, prompts
-        if not images:
+        if not len(images):
             refuse(f"{flag}: there is no image")
+
+        def inspect(number):
+            pixels, size = self.load(kind, number)
+            return size, zlib.crc32(pixels)
+
         with ThreadPoolExecutor() as pool:
             try:
-                found = list(pool.map(functools.partial(self.load, kind), range(len(images))))
+                return zip(*pool.map(inspect, range(len(images))), strict=True)
             except ValueError as error:
                 refuse(f"{flag}: {error}")
-        return [size for _, size in found], [zlib.crc32(pixels) for pixels, _ in found]
 
     def load(self, kind, number, size=None):
         """Scaled pixels (H, W, 3) of an image, which stay in memory as long as there is room, and its crop's size."""
         image = open_image(self.images[kind][number], max(map(max, self.buckets)), number)
-        size = size or self.buckets[find_nearest_bucket(image.height, image.width, self.buckets)]
+        size = size or self.buckets[training_utils.find_nearest_bucket(image.height, image.width, self.buckets)]
         pixels = scale_image(image, size)
         if self.kept_bytes + pixels.nbytes <= KEPT_BYTES:
             self.kept_bytes += pixels.nbytes
@@ -548,15 +512,20 @@ class TensorFolder:
     def __init__(self, args, name):
         self.folder = Path(args.output_dir, ENCODED, name)
 
-    def path(self, key):
-        return self.folder / f"{derive_seed(key):014x}.safetensors"
-
     def __setitem__(self, key, tensors):
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, self.path(key))
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, self.folder / f"{derive_seed(key)}.safetensors")
 
     def __getitem__(self, key):
-        return load_file(self.path(key))
+        return load_file(self.folder / f"{derive_seed(key)}.safetensors")
+
+    def fill(self, accelerator, keys, make, title):
+        """Stores what `make` gives for each key, the processes sharing the work."""
+        mine = keys[accelerator.process_index :: accelerator.num_processes]
+        for key in tqdm(mine, desc=title, disable=not accelerator.is_main_process):
+            self[key] = make(key)
+        accelerator.wait_for_everyone()
 
 
 def read_folder(args, flag, folder):
@@ -614,9 +583,6 @@ def read_dataset(args, flag, name, image_column, caption_column):
         if column and column not in rows.column_names:
             refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
     captions = rows[caption_column][:] if caption_column else [None] * len(rows)
-    odd = [number for number, caption in enumerate(captions) if not isinstance(caption, str | None)]
-    if odd:
-        refuse(f"{flag}: row {odd[0]} has the caption {captions[odd[0]]!r:.60}: a caption is a string")
     if isinstance(rows.features[image_column], ImageFeature):
         return rows.cast_column(image_column, ImageFeature(decode=False))[image_column], captions
     beside = Path(name).parent if Path(name).is_file() else Path()  # paths are relative to the file they stand in
@@ -643,58 +609,52 @@ def read_held_out(args):
     return DreamBoothDataset(plain, flag, *read_folder(args, flag, args.validation_data_dir))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models ---------------------------------------------------------------------------------------------------------
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # CLIP-L, OpenCLIP bigG, T5: the pipeline's order
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def read_pipeline(args):
     """Parts of the base pipeline, {name: (library, class)}, from model_index.json. Anything but an SD3 is refused."""
-    model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r}"
-    hub = {"cache_dir": args.cache_dir, "revision": args.revision}
+    model, hub = args.pretrained_model_name_or_path, {"cache_dir": args.cache_dir, "revision": args.revision}
     try:
-        index = StableDiffusion3Pipeline.load_config(args.pretrained_model_name_or_path, **hub)
+        index = StableDiffusion3Pipeline.load_config(model, **hub)
     except (OSError, ValueError) as error:
         cause = str(error.__context__ or error).strip().splitlines()[0]  # diffusers says the same of all causes
-        refuse(
-            f"{model} has no model_index.json that can be read ({cause}): give a folder in diffusers layout or the id"
-            f" of a Hub model; for a gated one accept its licence on its page and run `hf auth login`"
-        )
+        remedy = "give a diffusers folder or a Hub id; for a gated model accept its licence and run `hf auth login`"
+        refuse(f"--pretrained_model_name_or_path {model!r}: no model_index.json can be read ({cause}): {remedy}")
     left_out = {"text_encoder_3", "tokenizer_3"} if args.no_t5 else set()
     parts = {name: tuple(e) for name, e in index.items() if isinstance(e, list) and e[0] and name not in left_out}
     needed = dict.fromkeys(("vae", *TEXT_ENCODERS[:2], *TOKENIZERS[:2]), "")
     needed |= {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatch"}
-    for name, kind in needed.items():
-        if name not in parts or kind not in parts[name][1]:
-            refuse(f"{model} is no SD3 pipeline: its {name} is {parts.get(name, 'missing')}")
+    for name in needed | parts:
+        library, class_name = parts.get(name, ("nothing", ""))
+        if library not in ("diffusers", "transformers") or needed.get(name, "") not in class_name:
+            found = f"{library} {class_name}".strip()
+            refuse(f"--pretrained_model_name_or_path {model!r} is no SD3 pipeline: its {name} is {found}")
     return parts
-
-
-def find_class(parts, name):
-    library, class_name = parts[name]
-    if library not in ("diffusers", "transformers"):
-        refuse(f"{name} of the pipeline is a {library}.{class_name}, neither of diffusers nor of transformers")
-    return getattr(importlib.import_module(library), class_name, None)
 
 
 def load_part(args, parts, name, checkpoint=None, **kwargs):
     """One part of the base pipeline, or of a checkpoint, by its name there; a model is frozen.
 
-    `kwargs` are from_pretrained's. Refuses a part that cannot be read or whose weights do not fit its config.
+    Refuses a part that cannot be read or whose weights do not fit its config. `kwargs` are from_pretrained's.
     """
     model, variant = str(checkpoint or args.pretrained_model_name_or_path), None if checkpoint else args.variant
-    part_class = find_class(parts, name)
+    library, class_name = parts[name]
     try:
+        part_class = getattr(importlib.import_module(library), class_name)
         if not hasattr(part_class, "parameters"):  # a tokenizer or the scheduler
             part = part_class.from_pretrained(model, **where(args, name))
             if name in TOKENIZERS and len(part) < 100:
                 raise ValueError(f"its vocabulary has {len(part)} words: a file of it is missing")
             return part
         kwargs |= {"variant": variant, "output_loading_info": True, **where(args, name)}
-        part, found = part_class.from_pretrained(model, **kwargs)
+        # Its constructor would compute a table of positions for seconds, only to read it from the file.
+        with torch.device("meta") if name == "transformer" else contextlib.nullcontext():
+            part, found = part_class.from_pretrained(model, **kwargs)
         odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if odd and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
@@ -712,14 +672,13 @@ def where(args, name):
 
 def on_device(accelerator, dtype):
     """Has from_pretrained put weights on the device as they are read, without a copy in the host's memory."""
-    # Of several processes on a CPU it is "cpu:0", which transformers 4 takes for a GPU.
-    device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
-    return {"torch_dtype": dtype, "device_map": {"": device}}
+    cpu = accelerator.device.type == "cpu"  # of several processes "cpu:0", which transformers 4 takes for a GPU
+    return {"torch_dtype": dtype, "device_map": {"": "cpu" if cpu else str(accelerator.device)}}
 
 
 def frozen_dtype(accelerator):
     """Precision of what is not trained."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return DTYPES.get(accelerator.mixed_precision, torch.float32)
 
 
 def read_transformer_config(args):
@@ -736,16 +695,17 @@ def load_scheduler(args, parts, accelerator):
 
 def sketch_part(args, parts, name):
     """A model of the pipeline by its config alone, frozen, on the meta device: sizes without values."""
-    part_class, model = find_class(parts, name), args.pretrained_model_name_or_path
+    (library, class_name), model = parts[name], args.pretrained_model_name_or_path
     try:
+        part_class = getattr(importlib.import_module(library), class_name)
         with torch.device("meta"):
             if hasattr(part_class, "load_config"):
-                return part_class.from_config(part_class.load_config(model, **where(args, name))).requires_grad_(False)
-            return part_class(part_class.config_class.from_pretrained(model, **where(args, name))).requires_grad_(
-                False
-            )
+                part = part_class.from_config(part_class.load_config(model, **where(args, name)))
+            else:
+                part = part_class(part_class.config_class.from_pretrained(model, **where(args, name)))
     except Exception as error:  # a config of wrong types leads the libraries into any
         refuse(f"{name} of {model!r} has a config that cannot be used ({type(error).__name__}: {error})")
+    return part.requires_grad_(False)
 
 
 LORA_LAYERS = [f"attn.{n}" for n in "add_k_proj add_q_proj add_v_proj to_add_out to_k to_out.0 to_q to_v".split()]
@@ -822,7 +782,7 @@ def make_trainable(args, model, layers):
         target_modules=layers,
     )
     model.add_adapter(config)
-    cast_training_params(model, torch.float32)
+    training_utils.cast_training_params(model, torch.float32)
 
 
 def load_trained(args, parts, accelerator, targets, checkpoint):
@@ -843,7 +803,7 @@ def load_trained(args, parts, accelerator, targets, checkpoint):
             if own.keys() != get_peft_model_state_dict(model, save_embedding_layers=False).keys():
                 refuse(f"{checkpoint}: the adapters of {name} are not those of this run")
             set_peft_model_state_dict(model, own)
-            cast_training_params(model, torch.float32)
+            training_utils.cast_training_params(model, torch.float32)
         trained[name] = model.train()
     return trained
 
@@ -852,60 +812,28 @@ def trained_parameters(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def encode_text(name, encoder, ids):
-    """One encoder's part of the text: states (B, tokens, width) and, of a CLIP, the pooled output (B, width)."""
-    if name == "text_encoder_3":
-        return {"states": encoder(ids)[0]}
-    output = encoder(ids, output_hidden_states=True)
-    return {"states": output.hidden_states[-2], "pooled": output.text_embeds}
-
-
-def join_embeds(clip_l, clip_g, t5, joint_width):
-    """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P), from what the encoders gave.
-
-    The CLIPs' states side by side, zero-padded to the joint width D, then T5's states along the token axis; the pooled
-    outputs side by side. As in StableDiffusion3Pipeline.encode_prompt.
-    """
-    clips = torch.cat([clip_l["states"], clip_g["states"]], dim=-1)
-    clips = torch.nn.functional.pad(clips, (0, joint_width - clips.shape[-1]))
-    embeds = torch.cat([clips, t5["states"].to(clips.dtype)], dim=-2)
-    return embeds, torch.cat([clip_l["pooled"], clip_g["pooled"]], dim=-1)
+# ---- Text -----------------------------------------------------------------------------------------------------------
 
 
 class PromptTable:
-    """Embeds of prompts: a look-up for the encoders that are frozen, which are freed once they have filled the table.
-
-    `trained` are the encoders that are called instead, by name.
-    """
+    """Embeds of prompts: looked up for frozen encoders, gone once the table is full; `trained` ones are called."""
 
     def __init__(self, args, parts, accelerator, dtype, targets=()):
         self.args, self.accelerator, self.dtype, self.trained, self.recent = args, accelerator, dtype, {}, {}
         self.width = read_transformer_config(args)["joint_attention_dim"]
-        self.tokenizers = {
-            encoder: load_part(args, parts, tokenizer)
-            for encoder, tokenizer in zip(TEXT_ENCODERS, TOKENIZERS, strict=True)
-            if tokenizer in parts
-        }
-        frozen = [encoder for encoder in TEXT_ENCODERS if encoder in parts and encoder not in targets]
-        self.tables = {encoder: TensorFolder(args, f"{encoder} {dtype}") for encoder in frozen}
+        present = [(e, t) for e, t in zip(TEXT_ENCODERS, TOKENIZERS, strict=True) if e in parts]
+        self.tokenizers = {encoder: load_part(args, parts, tokenizer) for encoder, tokenizer in present}
+        self.tables = {e: TensorFolder(args, f"{e} {dtype}") for e in self.tokenizers if e not in targets}
 
     def fill(self, parts, prompts):
         """Encodes each prompt once with each frozen encoder, the processes sharing the work, one encoder at a time."""
-        accelerator = self.accelerator
-        mine = prompts[accelerator.process_index :: accelerator.num_processes]
         for name, table in self.tables.items():
-            encoder = load_part(self.args, parts, name, **on_device(accelerator, self.dtype))
-            for prompt in tqdm(mine, desc=f"Encoding with {name}", disable=not accelerator.is_main_process):
-                with torch.no_grad():
-                    table[prompt] = encode_text(name, encoder, self.ids(name, [prompt]))
-            del encoder
-            free_memory()
-        accelerator.wait_for_everyone()
+            encoder = load_part(self.args, parts, name, **on_device(self.accelerator, self.dtype))
+            with torch.no_grad():
+                encode = functools.partial(self.encode, encoder=encoder, name=name)
+                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}")
+            del encoder, encode
+            training_utils.free_memory()
 
     def length(self, name):
         """Tokens that an encoder reads."""
@@ -914,7 +842,7 @@ class PromptTable:
     def report_cut(self, prompts):
         """Names the prompts that CLIP or T5 reads only in part, ten at most, with the words that are lost."""
         cut = {}
-        for name in [name for name in ("text_encoder", "text_encoder_3") if name in self.tokenizers]:
+        for name in self.tokenizers.keys() & {"text_encoder", "text_encoder_3"}:
             tokenizer, length = self.tokenizers[name], self.length(name)
             for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
                 if len(ids) > length:
@@ -924,45 +852,51 @@ class PromptTable:
             log.warning(f"the prompt {prompt[:60]!r} is too long: {', '.join(cut[prompt])}")
         log.info(f"{len(prompts)} different prompts, {len(cut)} of them cut")
 
-    def ids(self, name, prompts):
-        """Token ids (B, tokens) on the device."""
+    def encode(self, prompts, encoder, name):
+        """One encoder's part of the text: states (B, tokens, width) and, of a CLIP, the pooled output (B, width)."""
         padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         ids = self.tokenizers[name](prompts, max_length=self.length(name), **padded).input_ids
-        return ids.to(self.accelerator.device)
+        output = encoder(ids.to(self.accelerator.device), output_hidden_states=True)
+        if name == "text_encoder_3":
+            return {"states": output[0]}
+        return {"states": output.hidden_states[-2], "pooled": output.text_embeds}
 
     def look_up(self, name, prompt):
         """A frozen encoder's part of the text of one prompt; those of the last prompts stay on the device."""
-        key = name, prompt
-        if key not in self.recent:
+        if (name, prompt) not in self.recent:
             if len(self.recent) >= 64:
                 del self.recent[next(iter(self.recent))]
-            device = self.accelerator.device
-            self.recent[key] = {part: tensor.to(device) for part, tensor in self.tables[name][prompt].items()}
-        return self.recent[key]
+            stored, device = self.tables[name][prompt], self.accelerator.device
+            self.recent[name, prompt] = {part: tensor.to(device) for part, tensor in stored.items()}
+        return self.recent[name, prompt]
 
     def __call__(self, prompts):
-        """Embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts."""
-        encoded = []
-        for name in TEXT_ENCODERS:
+        """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts.
+
+        The CLIPs' states side by side, zero-padded to the joint width D, then T5's states along the token axis; the
+        pooled outputs side by side. As in StableDiffusion3Pipeline.encode_prompt. Without T5 its part is zeros.
+        """
+        encoded = {}
+        for name in self.tokenizers:
             if name in self.trained:
-                encoded.append(encode_text(name, self.trained[name], self.ids(name, prompts)))
-            elif name in self.tables:
+                encoded[name] = self.encode(prompts, self.trained[name], name)
+            else:
                 found = [self.look_up(name, prompt) for prompt in prompts]
-                encoded.append({part: torch.cat([f[part] for f in found]) for part in found[0]})
-            else:  # without T5 its part is zeros
-                shape = len(prompts), self.args.max_sequence_length, self.width
-                encoded.append({"states": torch.zeros(shape, device=self.accelerator.device)})
-        return join_embeds(*encoded, self.width)
+                encoded[name] = {part: torch.cat([f[part] for f in found]) for part in found[0]}
+        clip_l, clip_g = encoded["text_encoder"], encoded["text_encoder_2"]
+        clips = torch.cat([clip_l["states"], clip_g["states"]], dim=-1)
+        clips = torch.nn.functional.pad(clips, (0, self.width - clips.shape[-1]))
+        zeros = {"states": clips.new_zeros(len(prompts), self.args.max_sequence_length, self.width)}
+        t5 = encoded.get("text_encoder_3", zeros)["states"].to(clips.dtype)
+        return torch.cat([clips, t5], dim=-2), torch.cat([clip_l["pooled"], clip_g["pooled"]], dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flow matching
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Flow matching --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def on_loan(vae, device):
-    """Has the VAE on the device for the length of a with block; its weights on the CPU stay there, so none goes back."""
+    """Has the VAE on the device in a with block; its weights stay on the CPU as well, so none is copied back."""
     waiting = [(parameter, parameter.data) for parameter in vae.parameters()]
     vae.to(device)
     yield
@@ -978,15 +912,16 @@ def encode_moments(vae, pixels):
 
 
 def cache_moments(dataset, vae, accelerator, name):
-    """Encodes every image of the dataset once, in one crop each, the processes sharing the work."""
+    """Encodes every image of the dataset once, in one crop each."""
+
+    def encode(key):
+        pixels = dataset.pixels(*key, derive_seed(dataset.args.seed, "cache", *key))
+        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))[0]}
+
     places = [(kind, images, index) for kind, images in dataset.images.items() for index in range(len(dataset))]
     keys = dict.fromkeys((kind, index % len(images), dataset.size(index)) for kind, images, index in places)
-    mine = list(keys)[accelerator.process_index :: accelerator.num_processes]
     moments = TensorFolder(dataset.args, name)
-    for key in tqdm(mine, desc="Caching latents", disable=not accelerator.is_main_process):
-        pixels = dataset.pixels(*key, derive_seed(dataset.args.seed, "cache", *key))
-        moments[key] = {"moments": encode_moments(vae, pixels[None].to(accelerator.device))[0]}
-    accelerator.wait_for_everyone()
+    moments.fill(accelerator, list(keys), encode, "Caching latents")
     dataset.moments, dataset.scaled = moments, {}
 
 
@@ -1003,7 +938,7 @@ def draw_latents(args, vae_config, moments, seeds, device):
         generator = torch.Generator(device).manual_seed(seed)
         normal.append(torch.randn((2, *mean.shape[1:]), generator=generator, device=device))
         draw = {"batch_size": 1, "generator": generator, "device": device, **density}
-        u.append(compute_density_for_timestep_sampling(args.weighting_scheme, **draw))
+        u.append(training_utils.compute_density_for_timestep_sampling(args.weighting_scheme, **draw))
     sample, noise = torch.stack(normal, dim=1).to(moments.device)
     latents = (mean + deviation * sample - vae_config.shift_factor) * vae_config.scaling_factor
     return latents, noise, torch.cat(u).to(moments.device)
@@ -1030,7 +965,7 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled)
         prediction, target = noisy - sigma * velocity, latents
     else:
         prediction, target = velocity, noise - latents
-    weight = compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
+    weight = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
     return (weight * (prediction - target) ** 2).flatten(1).mean(dim=1)
 
 
@@ -1042,9 +977,7 @@ def mean_loss(args, losses):
     return instance.mean() + args.prior_loss_weight * prior.mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Optimizer ------------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(args, accelerator, trained):
@@ -1055,20 +988,13 @@ def make_optimizer(args, accelerator, trained):
     groups = []
     for name, model in trained.items():
         text = name in TEXT_ENCODERS
-        groups.append(
-            {
-                "params": trained_parameters(model),
-                "lr": args.text_encoder_lr if text and args.optimizer == "adamw" else rate,
-                "weight_decay": args.adam_weight_decay_text_encoder if text else args.adam_weight_decay,
-                "name": name,
-            }
-        )
+        decay = args.adam_weight_decay_text_encoder if text else args.adam_weight_decay
+        own_rate = args.text_encoder_lr if text and args.optimizer == "adamw" else rate
+        groups.append({"params": trained_parameters(model), "lr": own_rate, "weight_decay": decay, "name": name})
     shared = {"lr": rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        if rate <= 0.1:
-            log.warning(f"--learning_rate {rate} is low for prodigy, which scales it by an estimate: 1.0 is usual")
         return Prodigy(
             groups,
             **shared,
@@ -1086,43 +1012,16 @@ def make_optimizer(args, accelerator, trained):
     return torch.optim.AdamW(groups, **shared, fused=fused)
 
 
-@contextlib.contextmanager
-def averaged(average, parameters):
-    """The average in place of the parameters, for the length of a with block; nothing where there is none."""
-    if average is None:
-        yield
-        return
-    average.store(parameters)
-    average.copy_to(parameters)
-    try:
-        yield
-    finally:
-        average.restore(parameters)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 FORMAT = 1  # of a checkpoint; raised when a script of before could no longer read it
 MANIFEST, AVERAGE = "dreambooth.json", "ema.safetensors"
 MUST_MATCH = (
-    "method pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam use_ema rank"
-    " lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
+    "method pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam use_ema"
+    " full_bf16 rank lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
 ).split()
-MAY_DIFFER = (
-    "output_dir logging_dir cache_dir report_to hub_model_id push_to_hub local_rank resume_from_checkpoint"
-    " tracker_project_name tracker_run_name checkpointing_steps checkpoints_total_limit dataloader_num_workers"
-    " max_train_steps num_train_epochs validation_prompt num_validation_images validation_epochs hub_private_repo"
-    " dry_run"
-).split()
+MAY_DIFFER = "local_rank output_dir logging_dir report_to resume_from_checkpoint max_train_steps num_train_epochs"
 SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
-
-
-def whole_state(accelerator, model):
-    """A model's weights by name, whole on the main process. Called on each process, for each may have a part."""
-    state = accelerator.get_state_dict(model)
-    return {name.replace("_orig_mod.", ""): weight for name, weight in state.items()}
 
 
 def save_weights(args, accelerator, trained, folder, final=False):
@@ -1137,7 +1036,8 @@ def save_weights(args, accelerator, trained, folder, final=False):
     if final and not args.upcast_before_saving:
         dtype = frozen_dtype(accelerator)
     for name, model in trained.items():
-        state = whole_state(accelerator, model)
+        state = accelerator.get_state_dict(model)  # on each process, for each may have a part of it
+        state = {key.replace("_orig_mod.", ""): weight for key, weight in state.items()}
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
         if final:
@@ -1151,17 +1051,6 @@ def save_weights(args, accelerator, trained, folder, final=False):
         StableDiffusion3Pipeline.save_lora_weights(folder, **layers)
 
 
-def hook_weights(args, accelerator, trained):
-    """Has accelerate's save_state write the trained weights in the form users load; `load_trained` reads them."""
-
-    def save(models, weights, folder):
-        save_weights(args, accelerator, trained, folder)
-        weights.clear()
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-
-
 def describe_run(args, accelerator, dataset):
     """The run's flags less the secret, and what else trackers keep and a run that resumes compares."""
     facts = {name: value for name, value in vars(args).items() if name != "hub_token"}
@@ -1171,58 +1060,51 @@ def describe_run(args, accelerator, dataset):
     return {**facts, "processes": accelerator.num_processes, "images": dataset.digest}
 
 
-def save_checkpoint(args, accelerator, run, average, step):
+def save_checkpoint(args, accelerator, trained, average, run, step):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
     folder = Path(args.output_dir, f"checkpoint-{step}")
     partial = folder.with_name(f".{folder.name}.partial")
-    if accelerator.is_main_process:
-        for left in folder.parent.glob(".checkpoint-*.partial"):  # by a run that was killed
-            shutil.rmtree(left)
-    accelerator.wait_for_everyone()
     try:
         accelerator.save_state(partial)
+        save_weights(args, accelerator, trained, partial)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if average:
-                state = {str(number): weight.contiguous() for number, weight in enumerate(average.shadow_params)}
-                save_file(state | {"step": torch.tensor(average.optimization_step)}, partial / AVERAGE)
-            seal_checkpoint(args, run, partial, step)
+            complete_checkpoint(args, run, average, step, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # it may be what has filled the disk
         raise
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        for later in [path for path in list_checkpoints(args.output_dir) if checkpoint_step(path) > step]:
-            aside = later.rename(f"{later}.{time.time():.0f}")  # the run has gone on from an earlier one than this
-            log.warning(f"{later} was of an earlier course of training: it is now {aside.name}")
-        for old in list_checkpoints(args.output_dir)[args.checkpoints_total_limit or sys.maxsize :]:
+        for number, path in list_checkpoints(args.output_dir).items():
+            if number > step:  # the run has gone on from one before it
+                aside = path.rename(f"{path}.{time.time():.0f}")
+                log.warning(f"{path} was of an earlier course of training: it is now {aside.name}")
+        for old in list(list_checkpoints(args.output_dir).values())[args.checkpoints_total_limit or sys.maxsize :]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     log.info(f"Saved {folder}")
 
 
-def seal_checkpoint(args, run, folder, step):
-    """Writes the manifest of a checkpoint, and has all of its files reach the disk."""
+def complete_checkpoint(args, run, average, step, folder):
+    """Adds the averaged weights and the manifest to what accelerate has written, and has it all reach the disk."""
     for path in folder.glob("random_states_*.pkl"):  # no draw depends on them, and to read a pickle can run code
         path.unlink()
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    if average:
+        state = {str(number): weight.contiguous() for number, weight in enumerate(average.shadow_params)}
+        save_file(state | {"step": torch.tensor(average.optimization_step)}, folder / AVERAGE)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     manifest = {"format": FORMAT, "step": step, "seed": args.seed, "run": run, "files": sizes}
     Path(folder, MANIFEST).write_text(json.dumps(manifest, indent=2))
-    for path in [*files, Path(folder, MANIFEST)]:
-        with path.open("rb+") as file:
+    for name in (*sizes, MANIFEST):
+        with Path(folder, name).open("rb+") as file:
             os.fsync(file.fileno())  # else a machine that dies now could keep the name and lose the contents
 
 
-def checkpoint_step(folder):
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
 def list_checkpoints(output_dir):
-    """Folders named checkpoint-N, the newest first; other names are left alone."""
-    paths = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(paths, key=checkpoint_step, reverse=True)
+    """Folders named checkpoint-N by their number, the newest first; other names are left alone."""
+    paths = {int(path.name[11:]): path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()}
+    return dict(sorted(paths.items(), reverse=True))
 
 
 def read_manifest(folder):
@@ -1242,47 +1124,48 @@ def read_manifest(folder):
 
 def find_checkpoint(args):
     """Folder and manifest of --resume_from_checkpoint, or (None, {}) where training starts anew."""
-    wanted, present = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
+    wanted, present = args.resume_from_checkpoint, list(list_checkpoints(args.output_dir).values())
     if not wanted:
         if present and not args.dry_run:
-            refuse(
-                f"--output_dir {args.output_dir!r} has {present[0].name} of an earlier run: add"
-                f" --resume_from_checkpoint latest to go on, give another folder, or take its checkpoints away"
-            )
+            found = f"--output_dir {args.output_dir!r} has {present[0].name} of an earlier run"
+            refuse(f"{found}: add --resume_from_checkpoint latest, give another folder, or take the checkpoints away")
         return None, {}
     if wanted != "latest":
         present = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
-        if not present:
-            refuse(f"--resume_from_checkpoint {wanted!r} is no folder, neither here nor in {args.output_dir!r}")
     for folder in present:
         try:
             return folder, read_manifest(folder)
         except ValueError as error:
-            if wanted != "latest":
-                refuse(f"--resume_from_checkpoint: {error}")
             log.warning(f"passed over: {error}")
+    if wanted != "latest":
+        refuse(f"--resume_from_checkpoint {wanted!r}: no whole checkpoint, neither here nor in {args.output_dir!r}")
     log.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, training starts anew")
     return None, {}
 
 
-def compare_runs(accelerator, checkpoint, manifest, run):
+def choose_seed(args, manifest):
+    """--seed, else the checkpoint's, else one that is drawn for all processes."""
+    drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
+    return manifest.get("seed", drawn) if args.seed is None else args.seed
+
+
+def compare_runs(accelerator, checkpoint, then, run):
     """Refuses to go on from a run whose weights or optimizer were others, and says what else has changed."""
-    then = manifest["run"]
     differ = {name: old for name, old in then.items() if name in run and run[name] != old}
     fixed = [*MUST_MATCH, "processes"] if accelerator.distributed_type.value == "FSDP" else MUST_MATCH
     for name in fixed:
         if name in differ:
             refuse(f"{checkpoint} was trained with {name} {differ[name]!r}, not {run[name]!r}: give the same")
-    silent = MAY_DIFFER
+    silent = MAY_DIFFER.split()
     if math.prod(then[name] for name in SHARES) == math.prod(run[name] for name in SHARES):
-        silent = [*MAY_DIFFER, *SHARES]  # an update has the same images, however they are shared out
+        silent += SHARES  # an update has the same images, however they are shared out
     changed = [f"{name} {run[name]!r} was {old!r}" for name, old in differ.items() if name not in silent]
     if changed:
         log.warning(f"the run goes on from {checkpoint}, but not as it was: {', '.join(changed)}")
 
 
 def resume(accelerator, checkpoint, average, step, total):
-    """Loads what goes with the weights of a checkpoint: the optimizer's state, the schedule, the scaler, the average."""
+    """Loads what goes with the weights of a checkpoint: state of the optimizer, schedule and scaler, the average."""
     try:
         accelerator.load_state(checkpoint)
         if average:
@@ -1296,31 +1179,23 @@ def resume(accelerator, checkpoint, average, step, total):
         log.warning(f"nothing is left to train: {checkpoint} has {step} updates, {total} are asked for")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def share_out(accelerator, items):
-    """This process's part of the items, padded, for under FSDP2 all processes take part in each forward pass."""
-    with accelerator.split_between_processes(list(items), apply_padding=True) as mine:
-        return mine
-
-
-def gather_items(accelerator, items):
-    """The dicts of all processes as one."""
-    return dict(gather_object(list(items.items()))) if accelerator.num_processes > 1 else items
+# ---- Validation -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def evaluation(models):
-    """Models in eval mode and without gradients, for the length of a with block."""
+def evaluation(models, parameters, average):
+    """Models in eval mode, without gradients and with the averaged weights if there are any, in a with block."""
     for model in models:
         model.eval()
+    if average:
+        average.store(parameters)
+        average.copy_to(parameters)
     try:
         with torch.no_grad():
             yield
     finally:
+        if average:
+            average.restore(parameters)
         for model in models:
             model.train()
 
@@ -1361,30 +1236,6 @@ def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
     return VaeImageProcessor().postprocess(pixels, output_type="pil")
 
 
-def draw_class_images(args, parts, accelerator, numbers):
-    """Draws the class images of these numbers with the base model, the processes sharing the work."""
-    precisions = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    dtype = precisions.get(args.prior_generation_precision, frozen_dtype(accelerator))
-    embed = PromptTable(args, parts, accelerator, dtype)
-    embed.fill(parts, [args.class_prompt, ""])
-    texts = embed([args.class_prompt]), embed([""])
-    transformer = load_part(args, parts, "transformer", **on_device(accelerator, dtype))
-    vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
-    scheduler = load_part(args, parts, "scheduler")
-    mine = numbers[accelerator.process_index :: accelerator.num_processes]
-    batches = [mine[first : first + args.sample_batch_size] for first in range(0, len(mine), args.sample_batch_size)]
-    for batch in tqdm(batches, desc="Drawing class images", disable=not accelerator.is_main_process):
-        seeds = [derive_seed(args.seed, "class drawing", number) for number in batch]
-        try:
-            with torch.no_grad():
-                images = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop=lambda: False)
-        except ValueError as error:
-            refuse(f"--prior_generation_precision {dtype}: {error}")
-        for number, image in zip(batch, images, strict=True):
-            name = f"{number}-{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
-            save_image(image, Path(args.class_data_dir, name))
-
-
 def add_class_images(args, parts, accelerator, dataset):
     """Adds the class images to the dataset; those that --class_data_dir lacks are drawn into it before."""
     present = list_images(args.class_data_dir)
@@ -1394,10 +1245,34 @@ def add_class_images(args, parts, accelerator, dataset):
     accelerator.wait_for_everyone()  # nobody counts what another has already drawn
     if numbers:
         draw_class_images(args, parts, accelerator, numbers)
-        free_memory()
     accelerator.wait_for_everyone()
     images = list_images(args.class_data_dir)[: args.num_class_images]
     dataset.add_images("class", "--class_data_dir", images, [args.class_prompt] * len(images))
+
+
+def draw_class_images(args, parts, accelerator, numbers):
+    """Draws the class images of these numbers with the base model, the processes sharing the work."""
+    dtype = DTYPES.get(args.prior_generation_precision, frozen_dtype(accelerator))
+    embed = PromptTable(args, parts, accelerator, dtype)
+    embed.fill(parts, [args.class_prompt, ""])
+    texts, scheduler = (embed([args.class_prompt]), embed([""])), load_part(args, parts, "scheduler")
+    transformer = load_part(args, parts, "transformer", **on_device(accelerator, dtype))
+    vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
+    mine = numbers[accelerator.process_index :: accelerator.num_processes]
+    firsts = range(0, len(mine), args.sample_batch_size)
+    for first in tqdm(firsts, desc="Drawing class images", disable=not accelerator.is_main_process):
+        batch = mine[first : first + args.sample_batch_size]
+        seeds = [derive_seed(args.seed, "class drawing", number) for number in batch]
+        try:
+            with torch.no_grad():
+                images = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop=bool)
+        except ValueError as error:
+            refuse(f"--prior_generation_precision {dtype}: {error}")
+        for number, image in zip(batch, images, strict=True):
+            name = f"{number}-{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
+            save_image(image, Path(args.class_data_dir, name))
+    del transformer, vae
+    training_utils.free_memory()
 
 
 def save_image(image, path):
@@ -1410,77 +1285,62 @@ def save_image(image, path):
 def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embed, held_out):
     """Mean loss of the held-out images at eight noise levels each, whose noise is the same at every call and run."""
     losses, device = {}, accelerator.device
-    for index in share_out(accelerator, range(len(held_out))):
-        example = held_out[0, index, 0][0]
-        moments, text = example["data"][None].to(device), embed([example["prompt"]])
-        for level in range(8):
-            seeds = [derive_seed("held out", index, level)]
+    # Padded, for under FSDP2 all processes take part in each forward pass; whatever comes twice counts once.
+    with accelerator.split_between_processes(list(range(len(held_out))), apply_padding=True) as mine:
+        for index, level in itertools.product(mine, range(8)):
+            example, seeds = held_out[0, index, 0][0], [derive_seed("held out", index, level)]
+            moments, text = example["data"][None].to(device), embed([example["prompt"]])
             latents, noise, _ = draw_latents(args, vae_config, moments, seeds, torch.device("cpu"))
             u = torch.full((1,), (level + 0.5) / 8, device=device)
             losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text).item()
-    losses = gather_items(accelerator, losses)
+    losses = dict(utils.gather_object(list(losses.items())))
     return math.fsum(losses.values()) / len(losses)
 
 
 def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, final=False):
     """Logs the held-out loss, and draws --num_validation_images, as far as the flags ask for them.
 
-    Image i is drawn from seed + i, kept as a file and sent to the trackers. Returns the paths on the main process. A
-    signal ends it, on all processes alike.
+    Image i is drawn from seed + i, kept as a file and sent to the trackers. Returns the paths on the main process.
+    Errors: InterruptedError after a signal, on all processes alike.
     """
-    models, images = embed.trained.values(), {}
-    transformer = accelerator.unwrap_model(embed.trained["transformer"], keep_torch_compile=False)
-    with evaluation(models), accelerator.autocast():
+    transformer, images = accelerator.unwrap_model(embed.trained["transformer"], keep_torch_compile=False), {}
+    with accelerator.autocast():
         if held_out:
             loss = measure_held_out(args, accelerator, transformer, vae.config, scheduler, embed, held_out)
             accelerator.log({"validation_loss": loss}, step=step)
         if not args.validation_prompt:
             return []
-        texts, stop = (
-            (embed([args.validation_prompt]), embed([""])),
-            functools.partial(read_signal, accelerator, caught),
-        )
-        with on_loan(vae, accelerator.device):
-            for number in share_out(accelerator, range(args.num_validation_images)):
-                try:
-                    seeds = [args.seed + number]
-                    images[number] = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop)[0]
-                except Exception as error:  # raised below by all the processes, which else wait for this one
-                    images[number] = RuntimeError(f"{type(error).__name__}: {error}")
-    free_memory()
-    images = gather_items(accelerator, images)
-    if stop():
-        return []
-    for image in images.values():
-        if isinstance(image, Exception):
-            raise image
+        texts, stop = (embed([args.validation_prompt]), embed([""])), lambda: read_signal(accelerator, caught)
+        numbers = list(range(args.num_validation_images))
+        with (
+            on_loan(vae, accelerator.device),
+            accelerator.split_between_processes(numbers, apply_padding=True) as mine,
+        ):
+            for n in mine:
+                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop)[0]
+    training_utils.free_memory()
+    images = dict(utils.gather_object(list(images.items())))
     if not accelerator.is_main_process:
         return []
-    return keep_images(args, accelerator, [images[number] for number in sorted(images)], step, final)
-
-
-def keep_images(args, accelerator, images, step, final):
-    """Writes validation images and a grid of them, and sends them to the trackers that take images. Returns paths."""
+    images = [images[number] for number in sorted(images)]
     pattern = "image_{}.png" if final else f"validation/step-{step:06d}-{{}}.png"
     paths = [Path(args.output_dir, pattern.format(number)) for number in range(len(images))]
     paths[0].parent.mkdir(exist_ok=True)
     for path, image in zip(paths, images, strict=True):
         save_image(image, path)
     save_image(make_image_grid(images, 1, len(images)), Path(args.output_dir, pattern.format("grid")))
-    name, caption = "test" if final else "validation", args.validation_prompt
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             pixels = np.stack([np.asarray(image) for image in images])
-            tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
+            tracker.log_images({"test" if final else "validation": pixels}, step=step, dataformats="NHWC")
         elif tracker.name in ("wandb", "trackio"):
             picture = importlib.import_module(tracker.name).Image
-            tracker.log({name: [picture(image, caption=caption) for image in images]}, step=step)
+            images = [picture(image, caption=args.validation_prompt) for image in images]
+            tracker.log({"test" if final else "validation": images}, step=step)
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The result and the Hub
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The result and the Hub -----------------------------------------------------------------------------------------
 
 
 def describe_result(args, repository):
@@ -1488,7 +1348,7 @@ def describe_result(args, repository):
     options = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}
     options |= absent_parts(args)
     base = ", ".join([repr(public_name(args)), *(f"{key}={options[key]!r}" for key in options)])
-    usage = f"pipeline = StableDiffusion3Pipeline.from_pretrained({base}, torch_dtype=dtype)\n"
+    usage = f"pipeline = StableDiffusion3Pipeline.from_pretrained({base}, torch_dtype=torch.bfloat16)\n"
     usage += f"pipeline.load_lora_weights({repository!r})\n"
     return f"SD3 DreamBooth LoRA - {repository}", ["lora", "template:sd-lora"], usage, [WEIGHTS]
 
@@ -1506,31 +1366,33 @@ def public_name(args):
 
 def name_base_model(args):
     """Family of the base model by its transformer's config and its name, with the page of its licence."""
-    config = read_transformer_config(args)
+    config, family = read_transformer_config(args), "Stable Diffusion 3 Medium"
     if config.get("dual_attention_layers"):
         family = "Stable Diffusion 3.5 Medium"
     elif config.get("qk_norm"):
         turbo = "turbo" in str(args.pretrained_model_name_or_path).lower()
         family = f"Stable Diffusion 3.5 Large{' Turbo' * turbo}"
-    else:
-        family = "Stable Diffusion 3 Medium"
     return family, f"https://huggingface.co/stabilityai/{family.lower().replace(' ', '-')}/blob/main/LICENSE.md"
 
 
 CARD_MARK = "<!-- Written by the training script, whose next run replaces what nobody has changed: "
 
 
-def put_aside(path):
-    """Renames a model card that a person has written or changed, so that the run's own does not overwrite it."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    body, _, digest = text.rpartition(CARD_MARK)
-    if text and not digest.startswith(hashlib.sha256(body.encode()).hexdigest()):
-        aside = path.rename(path.with_name(f"README.{time.time():.0f}.md"))
-        log.warning(f"{path} is not as a run has written it: it is now {aside.name}")
+def describe_training(args, accelerator, step):
+    """The model card's words on how the weights were trained: updates, versions and the flags that were given."""
+    packages, flags = ("torch", "diffusers", "transformers", "accelerate", "peft"), []
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    for name, value in vars(args).items():
+        if value != build_parser().get_default(name) and name not in ("output_dir", "local_rank", "hub_token"):
+            if isinstance(value, str) and "prompt" not in name and Path(value).exists():
+                value = Path(value).resolve().name  # a card is public, the folders above are not
+            flags.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
+    where = f"{accelerator.num_processes} x {accelerator.device.type}"
+    return f"Trained for {step} updates on {where} with {versions}:\n\n```sh\n{' '.join(flags)}\n```"
 
 
 def write_card(args, accelerator, repository, step, image_paths):
-    """Writes the model card, README.md, with the final images as its gallery."""
+    """Writes the model card, README.md, with the final images as its gallery; one that a person wrote is put aside."""
     (family, licence), (title, tags, usage, _) = name_base_model(args), describe_result(args, repository)
     base, prompt = public_name(args), args.validation_prompt or args.instance_prompt or ""
     version = "sd3.5" if "3.5" in family else "sd3"
@@ -1546,48 +1408,36 @@ def write_card(args, accelerator, repository, step, image_paths):
     }
     if not Path(args.pretrained_model_name_or_path).is_dir():  # the Hub refuses a card whose base model is no id
         data |= {"base_model": base, "base_model_relation": "adapter" if "lora" in tags else "finetune"}
-    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
-    trigger = f"Write `{args.instance_prompt}` in a prompt to see the subject." if args.instance_prompt else ""
-    parser, flags = build_parser(), []
-    for name, value in vars(args).items():
-        if value != parser.get_default(name) and name not in ("output_dir", "local_rank", "hub_token"):
-            value = Path(value).resolve().name if isinstance(value, str) and Path(value).exists() else value
-            flags.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
-    text = f"""# {title}
+    card = f"""---
+{ModelCardData(**data).to_yaml()}
+---
+
+# {title}
 
 {"<Gallery />" if image_paths else ""}
 
-DreamBooth weights for {base} ({family}). {trigger}
+DreamBooth weights for {base} ({family}). Their subject is called `{args.instance_prompt}`.
 
 ```py
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-{usage}pipeline.to(device)
-image = pipeline(
-    {prompt!r},
-    height={args.resolution},
-    width={args.resolution},
-    max_sequence_length={args.max_sequence_length},
-).images[0]
-image.save("image.png")
+{usage}pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
+pipeline({prompt!r}, **size).images[0].save("image.png")
 ```
 
-Trained for {step} updates on {accelerator.num_processes} x {accelerator.device.type} with {versions}:
-
-```sh
-{" ".join(flags)}
-```
+{describe_training(args, accelerator, step)}
 
 The base model's [licence]({licence}) holds for these weights.
+
 """
-    card = f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n"
-    put_aside(Path(args.output_dir, "README.md"))
-    digest = hashlib.sha256(card.encode()).hexdigest()
-    Path(args.output_dir, "README.md").write_text(f"{card}{CARD_MARK}{digest} -->\n", encoding="utf-8")
+    path = Path(args.output_dir, "README.md")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    old, _, digest = text.rpartition(CARD_MARK)
+    if text and not digest.startswith(hashlib.sha256(old.encode()).hexdigest()):
+        log.warning(f"{path} is a person's: it is now {path.rename(path.with_suffix(f'.{time.time():.0f}.md'))}")
+    path.write_text(f"{card}{CARD_MARK}{hashlib.sha256(card.encode()).hexdigest()} -->\n", encoding="utf-8")
 
 
 def open_repository(args, accelerator):
@@ -1602,10 +1452,8 @@ def open_repository(args, accelerator):
         repository = create_repo(repository, private=private, exist_ok=True, token=args.hub_token).repo_id
         auth_check(repository, write=True, token=args.hub_token)  # create_repo passes over one that is not ours
     except Exception as error:  # also those of whichever HTTP client the Hub's library uses
-        refuse(
-            f"--push_to_hub: the repository {repository!r} cannot be created or written: give --hub_model_id USER/NAME"
-            f" and a token that may write, by `hf auth login` or in HF_TOKEN ({error})"
-        )
+        remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
+        refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written ({error}): {remedy}")
     return repository
 
 
@@ -1624,9 +1472,7 @@ def publish(args, accelerator, repository, step, image_paths, failed):
             upload_folder(repo_id=repository, folder_path=args.output_dir, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def start_accelerator(args):
@@ -1637,22 +1483,21 @@ def start_accelerator(args):
             tempfile.TemporaryFile(dir=getattr(args, name)).close()
         except OSError as error:
             refuse(f"--{name} {getattr(args, name)!r} cannot be written ({error}): give another folder")
+    logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
     try:
         accelerator = Accelerator(
             # A plugin, since accelerate prefers the environment's number to a plain argument.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+            gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to.split(","),
-            project_config=ProjectConfiguration(
-                args.output_dir, str(Path(args.output_dir, args.logging_dir, args.tracker_run_name or ""))
-            ),
-            dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
+            project_config=utils.ProjectConfiguration(args.output_dir, str(logs)),
+            dataloader_config=utils.DataLoaderConfiguration(even_batches=False, non_blocking=True),
             step_scheduler_with_optimizer=False,  # else it would be stepped once a process
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # others wait while one encodes
+                utils.InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # others wait while one encodes
                 # The one buffer is the table of positions, 226 MB in SD3 Medium; it never changes. Views of the
                 # buckets spare a second copy of the gradients.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
     except ValueError as error:
@@ -1672,23 +1517,18 @@ def start_accelerator(args):
     return accelerator
 
 
-@contextlib.contextmanager
-def claim_folder(args, accelerator):
-    """Keeps output_dir for this run alone for the length of a with block, with what it encodes; a dry run needs not."""
+def claim_folder(args, accelerator, cleanup):
+    """Keeps output_dir, and what is encoded into it, for this run alone until it ends; a dry run does without."""
     if args.dry_run or not accelerator.is_main_process:
-        yield
         return
     lock, encoded = FileLock(Path(args.output_dir, ".lock")), Path(args.output_dir, ENCODED)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         refuse(f"--output_dir {args.output_dir!r} belongs to a run that is going on: give another folder")
-    try:
-        shutil.rmtree(encoded, ignore_errors=True)  # of a run that was killed
-        yield
-    finally:
-        shutil.rmtree(encoded, ignore_errors=True)
-        lock.release()
+    shutil.rmtree(encoded, ignore_errors=True)  # of a run that was killed
+    cleanup.callback(lock.release)
+    cleanup.callback(shutil.rmtree, encoded, ignore_errors=True)
 
 
 def start_trackers(args, accelerator, run):
@@ -1705,12 +1545,10 @@ def start_trackers(args, accelerator, run):
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
-@contextlib.contextmanager
-def catch_signals():
-    """A list that SIGTERM, SIGINT and SIGUSR1, SLURM's warning, put their number into, for the length of a with block.
+def catch_signals(cleanup):
+    """A list that SIGTERM, SIGINT and SIGUSR1, SLURM's warning, put their number into; a second one ends the process.
 
-    A second one ends the process. `accelerate launch` passes no signal on: send it to the training process, or start
-    that by python or torchrun. Outside the main thread Python catches none.
+    `accelerate launch` passes no signal on: send it to the training process, or start that by python or torchrun.
     """
     caught = []
 
@@ -1721,13 +1559,10 @@ def catch_signals():
         name = signal.Signals(number).name
         print(f"\n{name}: the run saves a checkpoint and ends; a second signal ends it at once", file=sys.stderr)
 
-    here = SIGNALS if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, catch) for number in here}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if threading.current_thread() is threading.main_thread():  # Python catches signals in no other
+        for number in SIGNALS:
+            cleanup.callback(signal.signal, number, signal.signal(number, catch))
+    return caught
 
 
 def leave_signals(worker):
@@ -1740,15 +1575,13 @@ def leave_signals(worker):
 
 def read_signal(accelerator, caught):
     """The signal that any process has caught, or 0. Called on all of them alike."""
-    numbers = torch.tensor([max(caught, default=0)], device=accelerator.device)
-    return int(accelerator.gather(numbers).max()) if accelerator.num_processes > 1 else max(caught, default=0)
+    return int(accelerator.gather(torch.tensor([max(caught, default=0)], device=accelerator.device)).max())
 
 
 def encode_once(args, parts, accelerator, targets, dataset, held_out):
     """The prompts' table and the VAE, once all has been encoded that training does not change.
 
-    The encoders are loaded and freed one by one, then the VAE, and the transformer after this: the memory of a run is
-    that of its largest part, not of all.
+    Each encoder is freed before the next part is loaded: the memory of a run is that of its largest part, not of all.
     """
     prompts = {prompt for each in (dataset, held_out) if each for kind in each.prompts.values() for prompt in kind}
     prompts |= {args.validation_prompt, ""} if args.validation_prompt else {""}
@@ -1763,7 +1596,7 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
         cache_moments(held_out, vae, accelerator, "held out")
     if args.cache_latents or args.offload:
         vae.to("cpu")
-        free_memory()
+        training_utils.free_memory()
     return embed, vae
 
 
@@ -1797,9 +1630,11 @@ def prepare_models(args, accelerator, trained, total):
     schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths, **shape)
     *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
     trained = dict(zip(trained, models, strict=True))
-    hook_weights(args, accelerator, trained)
+    # accelerate leaves the weights to save_weights and load_trained, which write and read them in the form users load.
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
-    average = EMAModel(parameters, decay=args.ema_decay) if args.use_ema else None
+    average = training_utils.EMAModel(parameters, decay=args.ema_decay) if args.use_ema else None
     return trained, parameters, optimizer, schedule, average
 
 
@@ -1811,9 +1646,7 @@ def read_update(args, accelerator, seen, norm, caught):
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: each process has a part of it
     parts = torch.stack(seen).mean(dim=0).chunk(2 if args.with_prior_preservation else 1)
     others = [torch.as_tensor(value).to(parts[0]) for value in (norm, max(caught, default=0))]
-    rows = torch.stack([*(part.mean() for part in parts), *others])[None]
-    if accelerator.num_processes > 1:
-        rows = accelerator.gather(rows)
+    rows = accelerator.gather(torch.stack([*(part.mean() for part in parts), *others])[None])
     *losses, norm, number = torch.cat([rows[:, :-1].mean(dim=0), rows[:, -1:].amax(dim=0)]).tolist()
     seen.clear()
     figures = {"loss": losses[0], "grad_norm": norm}
@@ -1825,18 +1658,15 @@ def read_update(args, accelerator, seen, norm, caught):
 
 def may_update(accelerator, figures, step, skipped):
     """Whether an update may reach the weights. `skipped` collects those that may not; ten in a row end the run."""
-    if all(math.isfinite(value) for value in figures.values()):
-        return True
-    scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 0
-    if scale > 1 and math.isfinite(figures["loss"]):  # at 1 it is no longer the scale that overflows
-        log.info(f"update {step}: float16 gradients overflowed, the scaler skips it and lowers its scale")
-        return True
+    finite, scaler = math.isfinite(figures["loss"]), accelerator.scaler
+    if finite and (math.isfinite(figures["grad_norm"]) or scaler is not None and scaler.get_scale() > 1):
+        return True  # where float16 gradients overflow, the scaler skips the update by itself and lowers its scale
     skipped.append(step)
-    log.warning(f"update {step} is skipped, {len(skipped)} so far: {figures}")
     figures["skipped_updates"] = len(skipped)
+    log.warning(f"update {step} is skipped, for it is not finite: {figures}")
     if skipped[-10:] == list(range(step - 9, step + 1)):
         sys.exit("ten updates in a row were not finite: lower the rate and resume from the last checkpoint")
-    return accelerator.scaler is not None  # which has to see the update to skip it
+    return scaler is not None  # which has to see the update to skip it
 
 
 def log_update(accelerator, bar, trained, schedule, figures, step):
@@ -1853,6 +1683,8 @@ def attempt(failed, what):
     """Lets what is not worth the weights fail by itself: says so, and adds it to `failed`; the run goes on."""
     try:
         yield
+    except InterruptedError:  # by a signal, which is obeyed later
+        pass
     except Exception as error:  # whatever drawing, a tracker or the Hub raises
         failed.append(what)
         log.error(f"{what} failed ({type(error).__name__}: {' '.join(str(error).split())})", main_process_only=False)
@@ -1861,16 +1693,14 @@ def attempt(failed, what):
 def end_run(args, accelerator, step, total, skipped, failed, stop):
     """Ends the run: after a signal with 128 + its number, where less was done than asked for with 1 and the reason."""
     accelerator.end_training()
-    failed = broadcast_object_list([failed])[0]
+    failed = utils.broadcast_object_list([failed])[0]
     reasons = [f"{', '.join(failed)} failed"] if failed else []
     if step < total:
         reasons.append(f"{step} of {total} updates were made")
     if len(skipped) * 10 > total:
         reasons.append(f"{len(skipped)} of {total} updates were skipped, not being finite: lower the rate")
     if stop:
-        reasons = [
-            f"{signal.Signals(stop).name} ended it at update {step}: add --resume_from_checkpoint latest to go on"
-        ]
+        reasons = [f"{signal.Signals(stop).name} came at update {step}: --resume_from_checkpoint latest goes on"]
     if reasons and accelerator.is_main_process:
         print(f"what was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
     if reasons:
@@ -1918,20 +1748,17 @@ def main(args):
     """Trains, and leaves in output_dir what the module's docstring lists."""
     accelerator = start_accelerator(args)
     with contextlib.ExitStack() as cleanup:
-        # What there is: a folder for this run alone, the base model, what of it is trained, and a run to go on from.
-        cleanup.enter_context(claim_folder(args, accelerator))
+        # What there is: a folder for this run alone, the base model, what of it is trained, a run to go on from.
+        claim_folder(args, accelerator, cleanup)
         parts = read_pipeline(args)
         targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
-        step = manifest.get("step", 0)
-        if args.seed is None:
-            args.seed = broadcast_object_list([manifest.get("seed", random.SystemRandom().randrange(2**32))])[0]
+        step, args.seed = manifest.get("step", 0), choose_seed(args, manifest)
 
         # The data: all of it is checked before anything is created, drawn or loaded. A dry run ends here.
         dataset, held_out = read_instances(args), read_held_out(args)
         run = describe_run(args, accelerator, dataset)
-        if checkpoint:
-            compare_runs(accelerator, checkpoint, manifest, run)
+        compare_runs(accelerator, checkpoint, manifest.get("run", run), run)
         if args.dry_run:
             report_dry_run(args, parts, accelerator, targets, dataset)
             return
@@ -1950,7 +1777,7 @@ def main(args):
             resume(accelerator, checkpoint, average, step, total)
         embed.trained, models, transformer = trained, list(trained.values()), trained["transformer"]
 
-        caught, seen, skipped, failed = cleanup.enter_context(catch_signals()), [], [], []
+        caught, seen, skipped, failed = catch_signals(cleanup), [], [], []
         bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_main_process)
         first = max(step - 1, 0) // updates if step < total else total  # of the last update: its images may be due
         for epoch in range(first, math.ceil(total / updates)):
@@ -1980,7 +1807,7 @@ def main(args):
                 step += 1
                 log_update(accelerator, bar, trained, schedule, figures, step)
                 if stop or step % args.checkpointing_steps == 0:
-                    save_checkpoint(args, accelerator, run, average, step)
+                    save_checkpoint(args, accelerator, trained, average, run, step)
                 if stop:
                     end_run(args, accelerator, step, total, skipped, failed, stop)
                 if step >= total:
@@ -1988,13 +1815,13 @@ def main(args):
 
             # A signal ends the drawing, and the run after the next update.
             if epoch % args.validation_epochs == 0 and step < total:
-                with averaged(average, parameters), attempt([], f"validation at update {step}"):
+                with attempt([], f"validation at update {step}"), evaluation(models, parameters, average):
                     validate(args, accelerator, embed, vae, scheduler, held_out, step, caught)
         bar.close()
 
         # The weights come first: nothing that follows is worth them.
         paths = []
-        with averaged(average, parameters):
+        with evaluation(models, parameters, average):
             save_weights(args, accelerator, trained, args.output_dir, final=True)
             accelerator.wait_for_everyone()
             with attempt(failed, "drawing the final images"):
