@@ -1461,6 +1461,7 @@ def write_card(args, accelerator, repository, step, image_paths):
     }
     if not Path(args.pretrained_model_name_or_path).is_dir():  # the Hub refuses a card whose base model is no id
         data |= {"base_model": base, "base_model_relation": "adapter" if "lora" in tags else "finetune"}
+    subject = f"Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
     card = f"""---
 {ModelCardData(**data).to_yaml()}
 ---
@@ -1469,7 +1470,7 @@ def write_card(args, accelerator, repository, step, image_paths):
 
 {"<Gallery />" if image_paths else ""}
 
-DreamBooth weights for {base} ({family}). Their subject is called `{args.instance_prompt}`.
+DreamBooth weights for {base} ({family}). {subject}
 
 ```py
 import torch
@@ -1488,7 +1489,7 @@ The base model's [licence]({licence}) holds for these weights.
     path = Path(args.output_dir, "README.md")
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     old, _, digest = text.rpartition(CARD_MARK)
-    if text and not digest.startswith(hashlib.sha256(old.encode()).hexdigest()):
+    if text and digest != f"{hashlib.sha256(old.encode()).hexdigest()} -->\n":
         log.warning(f"{path} is a person's: it is now {path.rename(path.with_suffix(f'.{time.time():.0f}.md'))}")
     path.write_text(f"{card}{CARD_MARK}{hashlib.sha256(card.encode()).hexdigest()} -->\n", encoding="utf-8")
 
