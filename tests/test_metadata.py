@@ -82,6 +82,11 @@ def test_what_is_installed_is_what_an_environment_of_make_has():
     assert {name: version(name).split("+")[0] for name in sets[0]} in sets
 
 
+def test_the_newest_changes_are_those_of_the_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == project["version"]
+
+
 def test_a_script_imports_nothing_of_the_repository(script_path, tmp_path):
     """Copied alone into an empty folder it answers --help."""
     copy = shutil.copy(script_path, tmp_path)
