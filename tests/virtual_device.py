@@ -1,19 +1,24 @@
-"""Runs a program on a CUDA device that is not there, to find tensors, models and generators of the wrong device.
+"""A CUDA card that is not there: runs the scripts on it to find tensors, models and generators of the wrong device.
 
-    python virtual_device.py train.py --flags    or    accelerate launch --num_processes 1 virtual_device.py train.py
+    python tests/virtual_device.py train_dreambooth_sd3.py --flags
+    python tests/virtual_device.py          runs of the scripts, one a line of standard input: see `serve`
 
-The device is PyTorch's open one, PrivateUse1: to the dispatcher, autograd and autocast a device like any other, whose
-memory is the CPU's. One kernel serves all operators, `fallback`: it refuses arguments of two devices, as CUDA does,
-and calls the CPU's kernel on the same memory, so that in float32 a run ends in the weights of one on the CPU.
+The device is PyTorch's open one, PrivateUse1: to the dispatcher, autograd and autocast a device like any other, with
+memory of the CPU. One kernel serves all operators, `fallback`: it refuses arguments of two devices, as CUDA does, and
+calls the CPU's kernel on the same memory. So a run in float32 ends in the weights of one on the CPU, bit for bit.
+PyTorch lets no such device be called "cuda". Its name is "cuda" and a NUL, where C++ ends what it shows to Python:
+`tensor.device.type == "cuda"` holds. The other way a TorchFunctionMode replaces "cuda" in calls of PyTorch, and
+torch.cuda answers as with one card. Accelerate, diffusers and the scripts then take the branches of a GPU.
 
-PyTorch lets no such device be called "cuda". Its name is "cuda" and a NUL, where C++ ends what it shows to Python, so
-`tensor.device.type == "cuda"` holds; the other way, a TorchFunctionMode replaces "cuda" in calls of PyTorch. And
-torch.cuda answers as with one GPU. So accelerate, diffusers and the program take the branches of a GPU: fused and
-foreach optimizers, GradScaler, autocast by CUDA's lists, pinned memory, torch.cuda's random states.
+What it shows: tensors, indices and generators that are on the other device; branches for CUDA that fail, among them
+fused and foreach optimizers, GradScaler, pinned memory and the random states of checkpoints; dtypes under autocast,
+which follows CUDA's lists; and how often the host waits for the device, in `counts`.
 
-Not imitated: memory and its limits; streams, thus races of non-blocking copies (those to the CPU are counted); CUDA's
-own kernels, their rounding and what they refuse; several devices; torch.compile; bitsandbytes' kernels; "cuda" as a
-string in a thread that the program starts.
+What it cannot show: how much memory a run needs; races of copies that do not block, for there are no streams; CUDA's
+kernels, their rounding and what they refuse; several devices; torch.compile; kernels of bitsandbytes, which are the
+CPU's here; and "cuda" as a string in a thread that the program starts.
+
+It leans on parts of PyTorch that are private (PRIVATE): they can change with any version.
 """
 
 import atexit
@@ -23,6 +28,7 @@ import copyreg
 import ctypes
 import functools
 import json
+import operator
 import os
 import runpy
 import sys
@@ -30,14 +36,22 @@ import traceback
 import types
 from pathlib import Path
 
-import pytest
-import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils import backend_registration
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles its steps, half a minute each
+
+import torch  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
+from torch.utils import backend_registration  # noqa: E402
 
 NAME, OPEN = "cuda\0", "privateuseone"  # the device's name as others read it, and that by which PyTorch finds it
-Device, CPU, CPU_KERNEL = torch.device, torch.device("cpu"), torch._C.DispatchKey.CPU
+PRIVATE = """_C._rename_privateuse1_backend _C._acc.register_python_privateuseone_hook
+_C._acc.register_python_privateuseone_device_guard utils.backend_registration._privateuse1_backend_name
+utils.backend_registration._DummyPrivateUse1Hook utils.backend_registration._DummyDeviceGuard _C._to_dlpack
+_C._from_dlpack _C.DisableTorchFunction _C._ExcludeDispatchKeyGuard _C.DispatchKeySet
+_C.DispatchKey.AutocastPrivateUse1 _C._dispatch_get_all_op_names _C._dispatch_has_kernel_for_dispatch_key
+_C._swap_tensor_impl _C.TensorBase.data _has_compatible_shallow_copy_type ops.aten.convolution_overrideable
+ops.aten.convolution_backward_overrideable ops.aten._pin_memory ops.aten._copy_from ops.aten._local_scalar_dense""".split()
+CPU, CPU_KERNEL, Device = torch.device("cpu"), torch._C.DispatchKey.CPU, torch.device
 aten, counts = torch.ops.aten, collections.Counter()  # what the device did, printed at the end
 # CUDA's autocast (ATen/autocast_mode.h): what it has a rule for and is in none of these lists is done in float32.
 LOWER = """_convolution _convolution.deprecated addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d conv3d
@@ -47,12 +61,37 @@ SUMS = "cumprod cumsum log_softmax.int prod prod.dim_int softmax.int sum sum.dim
 WIDEST = "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put scatter_add tensordot vdot".split()
 
 
-class Header(ctypes.Structure):  # of DLPack, which gives a tensor's memory to the device that is named here
+def missing():
+    """Those of PRIVATE that this PyTorch does not have."""
+
+    def found(name):
+        try:
+            return operator.attrgetter(name)(torch) is not None
+        except (AttributeError, RuntimeError):
+            return False
+
+    return [name for name in PRIVATE if not found(name)]
+
+
+def waits():
+    """How often the host has waited for something of the device so far."""
+    return counts["values read"] + counts["copies from the device"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same memory under the name of the other device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Header(ctypes.Structure):
+    """The start of a DLPack tensor, which hands memory to the device that it names."""
+
     _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int), ("device_id", ctypes.c_int)]
 
 
 get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+DL_CPU, DL_OPEN = 1, 12  # DLPack's numbers: kDLCPU, and kDLExtDev, which PyTorch reads as PrivateUse1
 
 
 def recast(tensor, kind):
@@ -62,21 +101,17 @@ def recast(tensor, kind):
     return torch._C._from_dlpack(capsule)
 
 
-def waits():
-    """How often the host has waited for a value of the device so far."""
-    return counts["values read"] + counts["copies from the device"]
-
-
 def is_virtual(value):
     return isinstance(value, torch.Tensor) and value.device.type == "cuda"
 
 
 def on_cpu(value):
-    return recast(value, 1) if is_virtual(value) else CPU if isinstance(value, Device) else value  # kDLCPU
+    """An argument of a kernel as the CPU's kernel takes it."""
+    return recast(value, DL_CPU) if is_virtual(value) else CPU if isinstance(value, Device) else value
 
 
 def on_device(value):
-    return recast(value, 12) if isinstance(value, torch.Tensor) else value  # kDLExtDev, which is PrivateUse1
+    return recast(value, DL_OPEN) if isinstance(value, torch.Tensor) else value
 
 
 def become(tensor, new):
@@ -95,8 +130,14 @@ def each(function, *values):
     return [each(function, *items) for items in zip(*values, strict=True)] if nested else function(*values)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernel of all operators
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @functools.cache
 def read_schema(op):
+    """What an operator's declaration says of its arguments: which it writes to, which may be of another device."""
     schema, name = op._schema, op._schema.name.removeprefix("aten::")
     labels = [entry.alias_info and [*entry.alias_info.before_set, ""][0] for entry in schema.returns]
     written = [argument for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
@@ -115,6 +156,7 @@ def read_schema(op):
 
 
 def check(op, schema, name, value):
+    """Refuses an argument of the CPU where CUDA would. Errors: RuntimeError in CUDA's words."""
     if name == "generator" and value is not None and value._cdata not in Generator.known:
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
     foreign = isinstance(value, torch.Tensor) and not is_virtual(value) and name not in schema.elsewhere
@@ -123,16 +165,21 @@ def check(op, schema, name, value):
         raise RuntimeError(f"Expected all tensors to be on the same device, but {both}")
 
 
+def copy_from(source, target):
+    counts["copies from the device"] += not is_virtual(target)
+    counts["copies to the device"] += not is_virtual(source)
+    on_cpu(target).copy_(on_cpu(source))
+    return target
+
+
 def fallback(op, *args, **kwargs):
+    """Any operator: its arguments are checked, the CPU computes, and the results are of the device."""
     with torch._C.DisableTorchFunction():
         schema = read_schema(op)
         counts["operators"] += 1
         counts["values read"] += schema.name == "_local_scalar_dense"
         if schema.name == "_copy_from":
-            counts["copies from the device"] += not is_virtual(args[1])
-            counts["copies to the device"] += not is_virtual(args[0])
-            on_cpu(args[1]).copy_(on_cpu(args[0]))
-            return args[1]
+            return copy_from(*args[:2])
         pairs = zip(args, schema.tensors, strict=False)  # C++ hands a number in a tensor's place over as a number
         args = [torch.tensor(value) if fits and isinstance(value, (int, float)) else value for value, fits in pairs]
         values = dict(zip(schema.names, args, strict=False)) | kwargs
@@ -158,6 +205,7 @@ def fallback(op, *args, **kwargs):
 
 
 def autocast(op, name, *args, **kwargs):
+    """An operator under autocast, with its floating-point arguments in the precision of CUDA's lists."""
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
         dtypes, named = set(), any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
 
@@ -175,7 +223,43 @@ def autocast(op, name, *args, **kwargs):
         return op(*each(cast, args), **{key: each(cast, value) for key, value in kwargs.items()})
 
 
+def register_operators(libraries=[]):  # noqa: B006  a registration lasts as long as its library
+    def convert(tensor, **kwargs):
+        if kwargs.get("device") == CPU and kwargs.get("non_blocking"):
+            kwargs["non_blocking"] = False  # else it looks for the device's allocator of pinned memory
+        return aten._to_copy.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, tensor, **kwargs)
+
+    def convolution_backward(gradient, pixels, weight, *rest):
+        return fallback(aten.convolution_backward.default, gradient, pixels, weight, [gradient.shape[1]], *rest)
+
+    def pin(tensor, device=None):
+        counts["pinned"] += 1
+        return tensor.clone()
+
+    every, ops = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    libraries += [every, ops]
+    every.fallback(fallback, "PrivateUse1")
+    every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    ops.impl("_pin_memory", pin, "CPU")
+    ops.impl("_to_copy", convert, "PrivateUse1")
+    ops.impl("convolution_overrideable", functools.partial(fallback, aten.convolution.default), "PrivateUse1")
+    ops.impl("convolution_backward_overrideable", convolution_backward, "PrivateUse1")
+    for name in "native_group_norm native_layer_norm silu_backward".split():  # else composed of other operators
+        ops.impl(name, functools.partial(fallback, getattr(aten, name).default), "PrivateUse1")
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutocastCUDA"):
+            packet, _, overload = name.removeprefix("aten::").partition(".")
+            op = getattr(getattr(aten, packet), overload or "default")
+            ops.impl(name, functools.partial(autocast, op, name.removeprefix("aten::")), "AutocastPrivateUse1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# "cuda" in Python
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def make_device(*args, **kwargs):
+    """In place of torch.device: "cuda" is the virtual device, of which there is one."""
     with torch._C.DisableTorchFunction():
         device = Device(*args, **kwargs)
         kind, *index = device.__reduce__()[1]
@@ -231,38 +315,9 @@ class Generator(torch.Generator):
 default_generator = Generator("cpu")
 
 
-def register_operators(libraries=[]):  # noqa: B006  a registration lasts as long as its library
-    def convert(tensor, **kwargs):
-        if kwargs.get("device") == CPU and kwargs.get("non_blocking"):
-            counts["copies from the device, non-blocking"] += 1
-            kwargs["non_blocking"] = False  # else it looks for the device's allocator of pinned memory
-        return aten._to_copy.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, tensor, **kwargs)
-
-    def convolution_backward(gradient, pixels, weight, *rest):
-        return fallback(aten.convolution_backward.default, gradient, pixels, weight, [gradient.shape[1]], *rest)
-
-    def pin(tensor, device=None):
-        counts["pinned"] += 1
-        return tensor.clone()
-
-    every, ops = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-    libraries += [every, ops]
-    every.fallback(fallback, "PrivateUse1")
-    every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    ops.impl("_pin_memory", pin, "CPU")
-    ops.impl("_to_copy", convert, "PrivateUse1")
-    ops.impl("convolution_overrideable", functools.partial(fallback, aten.convolution.default), "PrivateUse1")
-    ops.impl("convolution_backward_overrideable", convolution_backward, "PrivateUse1")
-    for name in "native_group_norm native_layer_norm silu_backward".split():  # else composed of other operators
-        ops.impl(name, functools.partial(fallback, getattr(aten, name).default), "PrivateUse1")
-    for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutocastCUDA"):
-            packet, _, overload = name.removeprefix("aten::").partition(".")
-            op = getattr(getattr(aten, packet), overload or "default")
-            ops.impl(name, functools.partial(autocast, op, name.removeprefix("aten::")), "AutocastPrivateUse1")
-
-
 def replace_in_torch():
+    """Has torch itself take the name, move parameters as between CUDA and the CPU, and copy and pickle storages."""
+
     def by_name(function, name="cuda", *rest):
         return function(OPEN if name == "cuda" else name, *rest)
 
@@ -296,6 +351,7 @@ def replace_in_torch():
 
 
 def replace_in_cuda():
+    """Has torch.cuda answer as with one card of the Ampere kind."""
     cuda, generator = torch.cuda, default_generator
     traits = types.SimpleNamespace(name="virtual device", total_memory=2**34, major=8, minor=0)
     answers = dict.fromkeys("set_device synchronize empty_cache ipc_collect reset_peak_memory_stats".split())
@@ -306,7 +362,8 @@ def replace_in_cuda():
     for name, answer in answers.items():
         setattr(cuda, name, functools.partial(lambda answer, *_, **__: answer, answer))
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # bitsandbytes wants it as it is imported
-    cuda._initialized, cuda.device = True, type("device", (contextlib.nullcontext,), {})
+    cuda._lazy_init, cuda._initialized = lambda: None, True
+    cuda.device = type("device", (contextlib.nullcontext,), {})
     cuda.default_generators, cuda.initial_seed = (generator,), generator.initial_seed
     cuda.manual_seed = cuda.manual_seed_all = generator.manual_seed
     cuda.get_rng_state, cuda.get_rng_state_all = lambda *_: generator.get_state(), lambda: [generator.get_state()]
@@ -327,37 +384,69 @@ def install():
     atexit.register(lambda: os.getpid() == process and print("virtual device:", dict(counts), file=sys.stderr))
 
 
-def serve():
-    """Runs a script for each line of standard input, [script, argv] in JSON, and answers with a line: how it went.
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------------
 
-    "error" has a traceback or is empty; "copies" are those to the CPU between the optimizer's last update but one and
-    its last.
+
+def try_out():
+    """Does in small what the scripts do. Errors: AssertionError, or what a PyTorch that has changed raises."""
+    layer, pixels = torch.nn.Linear(4, 4).to("cuda"), torch.ones(2, 4, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        lower = layer(pixels)
+    lower.float().square().mean().backward()
+    torch.optim.AdamW(layer.parameters(), fused=True).step()
+    drawn = [torch.randn(3, generator=torch.Generator(d).manual_seed(0), device=d).cpu() for d in ("cpu", "cuda")]
+    assert lower.dtype == torch.bfloat16 and lower.device.type == "cuda" and layer.weight.grad.is_cuda
+    assert torch.equal(*drawn) and waits()
+    try:
+        layer(torch.ones(2, 4))
+    except RuntimeError as error:
+        assert "same device" in str(error)
+    else:
+        raise AssertionError("tensors of two devices are not refused")
+
+
+def serve():
+    """Runs a script for each line of standard input, and answers with a line, both JSON; the first answer is "ready".
+
+    A line is [path, flags]. The answer has "error", empty or a traceback, and "waits": how often the host had waited
+    for the device, after each step of the optimizer.
     """
-    from conftest import isolated, load_script
+    answers, sys.stdout = sys.stdout, sys.stderr
+    try:
+        install()
+        try_out()
+    except Exception as error:
+        print(json.dumps(f"{type(error).__name__}: {error}"), file=answers, flush=True)
+        return
+    from conftest import isolated, pytest
     from ranks import draw_fast
 
-    answers, sys.stdout, readings = sys.stdout, sys.stderr, []
+    seen = []
     draw_fast(pytest.MonkeyPatch())
-    register_optimizer_step_post_hook(lambda *_: readings.append(waits()))
+    register_optimizer_step_post_hook(lambda *_: seen.append(waits()))
+    print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
-        kind, argv = json.loads(line)
-        readings.clear()
+        sys.argv[:] = json.loads(line)
+        seen.clear()
         try:
             with isolated():
-                script = load_script(kind)
-                script.main(script.parse_args(argv))
+                runpy.run_path(sys.argv[0], run_name="__main__")
             error = ""
-        except BaseException:
+        except (Exception, SystemExit):
             error = traceback.format_exc()
-        print(json.dumps({"error": error, "readings": readings}), file=answers, flush=True)
+        for name in [name for name, module in sys.modules.items() if module is None]:
+            del sys.modules[name]  # what a script has hidden from the libraries
+        print(json.dumps({"error": error, "waits": seen}), file=answers, flush=True)
 
 
 if __name__ == "__main__":
     sys.modules["virtual_device"] = sys.modules["__main__"]
-    install()
     if not sys.argv[1:]:
         serve()
         sys.exit()
+    install()
     del sys.argv[0]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
