@@ -50,7 +50,8 @@ utils.backend_registration._DummyPrivateUse1Hook utils.backend_registration._Dum
 _C._from_dlpack _C.DisableTorchFunction _C._ExcludeDispatchKeyGuard _C.DispatchKeySet
 _C.DispatchKey.AutocastPrivateUse1 _C._dispatch_get_all_op_names _C._dispatch_has_kernel_for_dispatch_key
 _C._swap_tensor_impl _C.TensorBase.data _has_compatible_shallow_copy_type ops.aten.convolution_overrideable
-ops.aten.convolution_backward_overrideable ops.aten._pin_memory ops.aten._copy_from ops.aten._local_scalar_dense""".split()
+ops.aten.convolution_backward_overrideable ops.aten._pin_memory ops.aten._copy_from
+ops.aten._local_scalar_dense""".split()
 CPU, CPU_KERNEL, Device = torch.device("cpu"), torch._C.DispatchKey.CPU, torch.device
 aten, counts = torch.ops.aten, collections.Counter()  # what the device did, printed at the end
 # CUDA's autocast (ATen/autocast_mode.h): what it has a rule for and is in none of these lists is done in float32.
