@@ -15,8 +15,8 @@ fused and foreach optimizers, GradScaler, pinned memory and the random states of
 which follows CUDA's lists; and how often the host waits for the device, in `counts`.
 
 What it cannot show: how much memory a run needs; races of copies that do not block, for there are no streams; CUDA's
-kernels, their rounding and what they refuse; several devices; torch.compile; kernels of bitsandbytes, which are the
-CPU's here; and "cuda" as a string in a thread that the program starts.
+kernels, their rounding and what they refuse; several devices; torch.compile; and kernels of bitsandbytes, which are
+the CPU's here.
 
 It leans on parts of PyTorch that are private (PRIVATE): they can change with any version.
 """
@@ -32,11 +32,13 @@ import operator
 import os
 import runpy
 import sys
+import threading
 import traceback
 import types
 from pathlib import Path
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles its steps, half a minute each
+if __name__ == "__main__":
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles its steps, half a minute each
 
 import torch  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
@@ -290,6 +292,8 @@ class Names(TorchFunctionMode):
         if func is Device:
             return make_device(*args, **(kwargs or {}))
         kwargs = {name: rename(value) for name, value in (kwargs or {}).items()}
+        if str(kwargs.get("device", "cpu")) == "cpu":
+            counts["pinned"] += bool(kwargs.pop("pin_memory", False))  # there is no allocator of pinned memory
         result = func(*map(rename, args), **kwargs)
         if isinstance(kwargs.get("generator"), Generator) and isinstance(result, torch.Tensor) and result.is_cpu:
             raise RuntimeError("Expected a 'cpu' device type for generator but found 'cuda'")
@@ -381,6 +385,13 @@ def install():
     torch._C._acc.register_python_privateuseone_device_guard(backend_registration._DummyDeviceGuard())
     for change in (register_operators, replace_in_torch, replace_in_cuda, Names().__enter__):
         change()
+    start = threading.Thread.run
+
+    def run(thread):  # a mode is a thread's own
+        with Names():
+            start(thread)
+
+    threading.Thread.run = run
     process = os.getpid()
     atexit.register(lambda: os.getpid() == process and print("virtual device:", dict(counts), file=sys.stderr))
 
