@@ -2,18 +2,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate==1.15.0",
-#     "bitsandbytes==0.50.2",
-#     "datasets==5.2.0",
-#     "diffusers==0.42.1",
-#     "peft==0.21.2",
-#     "prodigyopt==1.1.2",
-#     "protobuf==7.36.2",
-#     "sentencepiece==0.2.3",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "transformers==5.23.0",
-#     "wandb==0.31.0",
+#     "accelerate>=1.3", "bitsandbytes>=0.50", "datasets>=3.6", "diffusers>=0.36", "filelock", "huggingface_hub>=0.34",
+#     "numpy>=2.0", "peft>=0.17.1", "pillow>=10.4", "prodigyopt>=1.1.2", "protobuf", "safetensors>=0.4.5",
+#     "sentencepiece", "tensorboard", "torch>=2.6", "tqdm", "transformers>=4.56,<5.24", "wandb",
 # ]
 # ///
 """DreamBooth training of the whole Stable Diffusion 3 or 3.5 transformer, with the SD3 paper's rectified-flow loss.
@@ -44,6 +35,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -57,19 +49,18 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
-WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap")
+WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
 
 def refuse(message):
@@ -77,6 +68,15 @@ def refuse(message):
     time.sleep(2 if int(os.environ.get("LOCAL_RANK", 0)) else 0)  # until the launcher has ended this one
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def or_refuse(what):
+    """Refuses in one line whatever a with block raises, for damaged files and absent servers may lead to anything."""
+    try:
+        yield
+    except Exception as error:
+        refuse(f"{what} ({type(error).__name__}: {error})")
 
 
 def boolean(text):
@@ -143,6 +143,8 @@ def add_input_flags(parser):
 def add_method_flags(parser):
     add = parser.add_argument_group("full training").add_argument
     add("--train_text_encoder", action="store_true", help="Train the three text encoders too.")
+    add("--fused_backward_pass", action="store_true", help="Update each weight within the backward pass: less memory.")
+    add("--full_bf16", action="store_true", help="Train bfloat16 weights, rounded stochastically: less memory.")
     parser.set_defaults(tracker_project_name="dreambooth-sd3")
 
 
@@ -160,13 +162,16 @@ def add_training_flags(parser):
     add("--max_grad_norm", type=NORM, default=1.0, help="Clip the gradient to this norm over all; inf does not.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Unset: as accelerate was configured.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later.")
-    add(
-        "--seed", type=in_range(int, 0, 2**32), help="Seed of all draws; unset: one is drawn, and kept in checkpoints."
-    )
+    add("--seed", type=in_range(int, 0, 2**32), help="Of all draws; unset: one is drawn and kept in checkpoints.")
     add("--local_rank", type=int, default=-1, help="For old launchers; LOCAL_RANK in the environment wins.")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1.")
+    add(
+        "--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1; none: uniform."
+    )
+    add(
+        "--training_shift", type=POSITIVE, help="Shift of the training noise levels; unset: the scheduler's, 3 in SD3."
+    )
     add("--logit_mean", type=float, default=0.0, help="Mean of the logit-normal density.")
     add("--logit_std", type=POSITIVE, default=1.0, help="Standard deviation of the logit-normal density.")
     add("--mode_scale", type=float, default=1.29, help="Scale of the mode density.")
@@ -200,6 +205,9 @@ def add_output_flags(parser):
     add("--validation_data_dir", metavar="FOLDER", help="Held-out images: their loss at fixed noise is logged.")
     add("--num_validation_images", type=COUNT, default=4, help="How many images each time.")
     add("--validation_epochs", type=STEPS, default=50, help="Draw after epoch 0 and every so many epochs.")
+    add("--validation_num_inference_steps", type=COUNT, help="Denoising steps of these; unset: the pipeline's own.")
+    add("--validation_guidance_scale", type=AMOUNT, help="Their guidance; unset: the pipeline's own, 0 for Turbo.")
+    add("--skip_final_inference", action="store_true", help="Draw no images at the end.")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="sd3-dreambooth", metavar="FOLDER", help="Where everything is written.")
@@ -243,7 +251,7 @@ def check_input_flags(args):
     for name in ("class_data_dir", "class_prompt"):
         if args.with_prior_preservation and not getattr(args, name):
             refuse(f"--with_prior_preservation needs --{name}")
-        if getattr(args, name) and not args.with_prior_preservation:
+        if getattr(args, name) and not (args.with_prior_preservation or vars(args).get("output_preservation_weight")):
             print(f"--{name} has no effect without --with_prior_preservation", file=sys.stderr)
     if args.resolution % 16:
         near = round(args.resolution / 16) * 16
@@ -305,9 +313,7 @@ from tqdm.auto import tqdm
 
 log = get_logger(__name__)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"}
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -339,8 +345,6 @@ def open_image(source, reach, number):
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.draft(None, (reach, reach))
             image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no range that is known")
         if image.mode.startswith("I"):
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         if image.has_transparency_data:
@@ -392,34 +396,33 @@ def list_buckets(args):
 class DreamBoothDataset:
     """Instance images with their prompts, each together with a class image where there are any.
 
-    An item's place is (epoch, index, copy): all that is drawn for it comes from these and the run's seed; copies are
-    for batches that would not be full. An instance image is cropped to its bucket, a class image to its partner's.
-    `moments`, once filled by `cache_moments`, stands in for the pixels.
+    An item's place is (epoch, index, copy): all that is drawn for it comes from these and the run's seed. A class
+    image is cropped to its partner's size. `moments`, once filled by `cache_moments`, stands in for the pixels.
     """
 
     def __init__(self, args, flag, images, captions):
         self.args, self.buckets, self.images, self.prompts = args, list_buckets(args), {}, {}
         self.sizes, self.moments, self.scaled, self.kept_bytes = [], None, {}, 0
-        prompts = [" ".join((caption or "").split()) or args.instance_prompt for caption in captions]
+        prompts = [" ".join(str(caption or "").split()) or args.instance_prompt for caption in captions]
         if None in prompts:
             refuse(f"{flag}: {prompts.count(None)} of {len(prompts)} images have no caption: give --instance_prompt")
         self.sizes, checksums = self.add_images("instance", flag, images, prompts)
         self.digest = zlib.crc32(repr((prompts, checksums)).encode())
-        sizes = ", ".join(f"{count} at {size[0]}x{size[1]}" for size, count in sorted(Counter(self.sizes).items()))
-        bare = prompts.count(args.instance_prompt)
-        log.info(f"{flag}: {len(images)} images, {bare} with --instance_prompt; height x width: {sizes}")
+        bare, sizes = prompts.count(args.instance_prompt), dict(Counter(self.sizes))
+        log.info(f"{flag}: {len(images)} images, {bare} with --instance_prompt; (height, width): {sizes}")
 
     def add_images(self, kind, flag, images, prompts):
         """Adds the images of a kind and reads each once. Returns the sizes of their crops, and checksums."""
         self.images[kind], self.prompts[kind] = images, prompts
-        if not images:
+        if not len(images):
             refuse(f"{flag}: there is no image")
-        with ThreadPoolExecutor() as pool:
-            try:
-                found = list(pool.map(functools.partial(self.load, kind), range(len(images))))
-            except ValueError as error:
-                refuse(f"{flag}: {error}")
-        return [size for _, size in found], [zlib.crc32(pixels) for pixels, _ in found]
+
+        def inspect(number):
+            pixels, size = self.load(kind, number)
+            return size, zlib.crc32(pixels)
+
+        with or_refuse(flag), ThreadPoolExecutor() as pool:
+            return zip(*pool.map(inspect, range(len(images))), strict=True)
 
     def load(self, kind, number, size=None):
         """Scaled pixels (H, W, 3) of an image, which stay in memory as long as there is room, and its crop's size."""
@@ -577,19 +580,14 @@ def load_rows(args, name):
 
 def read_dataset(args, flag, name, image_column, caption_column):
     """Images of a dataset, decoded when they are used, and a caption or None for each."""
-    try:
+    with or_refuse(f"{flag} {name!r} cannot be read"):
         from datasets import Image as ImageFeature
 
         rows = load_rows(args, name)
-    except Exception as error:  # the readers of its formats raise what they like
-        refuse(f"{flag} {name!r} cannot be read ({type(error).__name__}: {error.__cause__ or error})")
     for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column and column not in rows.column_names:
             refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
     captions = rows[caption_column][:] if caption_column else [None] * len(rows)
-    odd = [number for number, caption in enumerate(captions) if not isinstance(caption, str | None)]
-    if odd:
-        refuse(f"{flag}: row {odd[0]} has the caption {captions[odd[0]]!r:.60}: a caption is a string")
     if isinstance(rows.features[image_column], ImageFeature):
         return rows.cast_column(image_column, ImageFeature(decode=False))[image_column], captions
     beside = Path(name).parent if Path(name).is_file() else Path()  # paths are relative to the file they stand in
@@ -616,9 +614,7 @@ def read_held_out(args):
     return DreamBoothDataset(plain, flag, *read_folder(args, flag, args.validation_data_dir))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models ---------------------------------------------------------------------------------------------------------
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # CLIP-L, OpenCLIP bigG, T5: the pipeline's order
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -649,11 +645,11 @@ def read_pipeline(args):
 def load_part(args, parts, name, checkpoint=None, **kwargs):
     """One part of the base pipeline, or of a checkpoint, by its name there; a model is frozen.
 
-    `kwargs` are from_pretrained's. Refuses a part that cannot be read or whose weights do not fit its config.
+    Refuses a part that cannot be read or whose weights do not fit its config. `kwargs` are from_pretrained's.
     """
-    model, variant = str(checkpoint or args.pretrained_model_name_or_path), None if checkpoint else args.variant
-    library, class_name = parts[name]
-    try:
+    (library, class_name), model = parts[name], str(checkpoint or args.pretrained_model_name_or_path)
+    variant = None if checkpoint else args.variant
+    with or_refuse(f"{name} of {model!r} cannot be loaded{f' in the variant {variant!r}' if variant else ''}"):
         part_class = getattr(importlib.import_module(library), class_name)
         if not hasattr(part_class, "parameters"):  # a tokenizer or the scheduler
             part = part_class.from_pretrained(model, **where(args, name))
@@ -661,15 +657,14 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
                 raise ValueError(f"its vocabulary has {len(part)} words: a file of it is missing")
             return part
         kwargs |= {"variant": variant, "output_loading_info": True, **where(args, name)}
-        part, found = part_class.from_pretrained(model, **kwargs)
+        # Its constructor would compute a table of positions for seconds, only to read it from the file.
+        with torch.device("meta") if name == "transformer" else contextlib.nullcontext():
+            part, found = part_class.from_pretrained(model, **kwargs)
         odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if odd and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
         if name == "vae" and part.config.shift_factor is None:
             raise ValueError("it has no shift_factor, so that it is no SD3's")
-    except Exception as error:  # the libraries raise what a damaged file leads them into
-        variant = f" in the variant {variant!r}" if variant else ""
-        refuse(f"{name} of {model!r}{variant} cannot be loaded ({type(error).__name__}: {error})")
     return part.requires_grad_(False).eval()
 
 
@@ -693,33 +688,44 @@ def read_transformer_config(args):
 
 
 def load_scheduler(args, parts, accelerator):
-    """The base's scheduler, with its tables of timesteps and sigmas on the device."""
+    """The base's scheduler, with the tables of timesteps and sigmas for training, (1000,) each, on the device."""
     scheduler = load_part(args, parts, "scheduler")
-    scheduler.timesteps = scheduler.timesteps.to(accelerator.device)
-    scheduler.sigmas = scheduler.sigmas.to(accelerator.device)
+    shift = {"shift": args.training_shift} if args.training_shift else {}  # its config, for drawing, keeps its own
+    tables = type(scheduler).from_config(scheduler.config, **shift)
+    scheduler.timesteps, scheduler.sigmas = (
+        tables.timesteps.to(accelerator.device),
+        tables.sigmas.to(accelerator.device),
+    )
     return scheduler
 
 
 def sketch_part(args, parts, name):
     """A model of the pipeline by its config alone, frozen, on the meta device: sizes without values."""
     (library, class_name), model = parts[name], args.pretrained_model_name_or_path
-    try:
+    with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
         part_class = getattr(importlib.import_module(library), class_name)
-        with torch.device("meta"):
-            if hasattr(part_class, "load_config"):
-                part = part_class.from_config(part_class.load_config(model, **where(args, name)))
-            else:
-                part = part_class(part_class.config_class.from_pretrained(model, **where(args, name)))
-    except Exception as error:  # a config of wrong types leads the libraries into any
-        refuse(f"{name} of {model!r} has a config that cannot be used ({type(error).__name__}: {error})")
+        if library == "diffusers":
+            part = part_class.from_config(part_class.load_config(model, **where(args, name)))
+        else:
+            part = part_class(part_class.config_class.from_pretrained(model, **where(args, name)))
     return part.requires_grad_(False)
 
 
 def choose_targets(args, parts, accelerator):
-    """Models that are trained, by their name in the pipeline, each of them whole."""
+    """Models that are trained, by their name in the pipeline, each of them whole; refuses flags that exclude it."""
     names = [name for name in TEXT_ENCODERS if args.train_text_encoder and name in parts]
     if "text_encoder_3" in names and accelerator.mixed_precision == "fp16":
         refuse("--train_text_encoder: T5 overflows in fp16: take --mixed_precision bf16 or no, or --no_t5")
+    if args.full_bf16 and accelerator.mixed_precision != "bf16":
+        refuse(f"--full_bf16 needs --mixed_precision bf16, not {accelerator.mixed_precision}")
+    if (args.full_bf16 or args.fused_backward_pass) and args.optimizer == "prodigy":
+        refuse("--full_bf16, --fused_backward_pass update weight by weight, prodigy all at once: take adamw")
+    if args.fused_backward_pass:
+        alone = args.gradient_accumulation_steps == accelerator.num_processes == 1 and accelerator.scaler is None
+        if not alone:
+            refuse("--fused_backward_pass keeps no gradient: it needs accumulation 1, one process, and no fp16")
+        if math.isfinite(args.max_grad_norm):
+            log.warning("--fused_backward_pass: --max_grad_norm has no effect, for no gradient is kept")
     return dict.fromkeys(["transformer", *names])
 
 
@@ -729,16 +735,16 @@ def make_trainable(args, model, layers):
 
 
 def load_trained(args, parts, accelerator, targets, checkpoint):
-    """The models of `targets` in float32, every parameter of which is trained: the base's or a checkpoint's.
+    """The models of `targets`, every parameter of which is trained: the base's or a checkpoint's.
 
     The pipeline's other parts go to output_dir before: later there is less memory, and a full disk is seen now.
     """
     if accelerator.is_main_process:
         for name in parts.keys() - set(targets):
             load_part(args, parts, name).save_pretrained(Path(args.output_dir, name))
-    trained = {}
+    trained, dtype = {}, torch.bfloat16 if args.full_bf16 else torch.float32
     for name, layers in targets.items():
-        model = load_part(args, parts, name, checkpoint, **on_device(accelerator, torch.float32))
+        model = load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype))
         make_trainable(args, model, layers)
         trained[name] = model.train()
     return trained
@@ -748,16 +754,11 @@ def trained_parameters(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Text -----------------------------------------------------------------------------------------------------------
 
 
 class PromptTable:
-    """Embeds of prompts: a look-up for the encoders that are frozen, which are freed once they have filled the table.
-
-    `trained` are the encoders that are called instead, by name.
-    """
+    """Embeds of prompts: looked up for frozen encoders, gone once the table is full; `trained` ones are called."""
 
     def __init__(self, args, parts, accelerator, dtype, targets=()):
         self.args, self.accelerator, self.dtype, self.trained, self.recent = args, accelerator, dtype, {}, {}
@@ -832,14 +833,12 @@ class PromptTable:
         return torch.cat([clips, t5], dim=-2), torch.cat([clip_l["pooled"], clip_g["pooled"]], dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flow matching
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Flow matching --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def on_loan(vae, device):
-    """Has the VAE on the device for the length of a with block; its weights on the CPU stay there, so none goes back."""
+    """Has the VAE on the device in a with block; its weights stay on the CPU as well, so none is copied back."""
     waiting = [(parameter, parameter.data) for parameter in vae.parameters()]
     vae.to(device)
     yield
@@ -887,12 +886,12 @@ def draw_latents(args, vae_config, moments, seeds, device):
     return latents, noise, torch.cat(u).to(moments.device)
 
 
-def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled):
-    """Rectified-flow loss of each image, (B,) in float32 (SD3 paper, section 2 and 3.1).
+def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled, target=None):
+    """Rectified-flow loss of each image, (B,) in float32, and the prediction (SD3 paper, sections 2 and 3.1).
 
     latents, noise (B, C, h, w) in float32; u (B,) in [0, 1]; embeds (B, S, D); pooled (B, P). The scheduler's tables
-    of timesteps and sigmas, (1000,) each, run from noisy to clean and lie on the latents' device; the base's shift
-    (3 in SD3, section 5.3.2) is already in them.
+    of timesteps and sigmas run from noisy to clean; the shift (section 5.3.2) is already in them. `target` is another
+    prediction, (B, C, h, w); unset: the data.
     """
     index = (u * len(scheduler.timesteps)).long().clamp(0, len(scheduler.timesteps) - 1)  # mode reaches u = 1
     sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
@@ -904,12 +903,17 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled)
         pooled_projections=pooled,
         return_dict=False,
     )[0].float()
+    prediction, truth = velocity, noise - latents
     if args.precondition_outputs:
-        prediction, target = noisy - sigma * velocity, latents
-    else:
-        prediction, target = velocity, noise - latents
+        prediction, truth = noisy - sigma * velocity, latents
+    error = prediction - (truth if target is None else target)
     weight = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
-    return (weight * (prediction - target) ** 2).flatten(1).mean(dim=1)
+    return (weight * error**2).flatten(1).mean(dim=1), prediction
+
+
+def batch_losses(args, transformer, scheduler, embed, prompts, latents, noise, u):
+    """Loss of each image of a batch, (B,)."""
+    return flow_losses(args, transformer, scheduler, latents, noise, u, *embed(prompts))[0]
 
 
 def mean_loss(args, losses):
@@ -920,9 +924,59 @@ def mean_loss(args, losses):
     return instance.mean() + args.prior_loss_weight * prior.mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Optimizer ------------------------------------------------------------------------------------------------------
+
+
+def update_singly(args, optimizer, trained):
+    """With --fused_backward_pass or --full_bf16, has an optimizer update one parameter at a time.
+
+    A bfloat16 one is widened to float32 for its update, and rounded back up or down with the probability that keeps
+    its mean, for to the nearest it would lose small updates. What is not finite ahead of the backward pass is dropped.
+    """
+    if not (args.fused_backward_pass or args.full_bf16):
+        return optimizer
+    parameters, step = [p for group in optimizer.param_groups for p in group["params"]], optimizer.step
+    finite = [True]
+
+    def update(parameter, gradient=None):
+        gradient, narrow = parameter.grad if gradient is None else gradient, parameter.data
+        if args.full_bf16:
+            parameter.grad, parameter.data, gradient = None, narrow.float(), gradient.float()
+        parameter.grad = gradient
+        if finite[0]:
+            step()
+        parameter.grad = None
+        if args.full_bf16:
+            bits = parameter.data.view(torch.int32)
+            bits += torch.randint_like(bits, 2**16)
+            narrow.copy_(bits.bitwise_and_(-(2**16)).view(torch.float32))
+            parameter.data = narrow
+
+    def update_all(self, closure=None):
+        gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        self.zero_grad(set_to_none=True)
+        for parameter, gradient in gradients:
+            update(parameter, gradient)
+
+    def load(self, saved):  # as it is: torch would copy all of it, in the parameters' precision
+        for group, old in zip(self.param_groups, saved["param_groups"], strict=True):
+            group.update({name: value for name, value in old.items() if name != "params"})
+        for number, state in saved["state"].items():
+            state |= state.pop("__bnb_optimizer_quant_state__", {})  # bitsandbytes wraps what is not of one shape
+            self.state[parameters[number]] = utils.send_to_device(state, parameters[number].device)
+
+    def look(model, gradients):
+        finite[0] = all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
+
+    optimizer.step, optimizer.load_state_dict = (
+        types.MethodType(update_all, optimizer),
+        types.MethodType(load, optimizer),
+    )
+    if args.fused_backward_pass:
+        trained["transformer"].register_full_backward_pre_hook(look)
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(update)
+    return optimizer
 
 
 def make_optimizer(args, accelerator, trained):
@@ -958,25 +1012,21 @@ def make_optimizer(args, accelerator, trained):
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(groups, **shared)
+        return update_singly(args, AdamW8bit(groups, **shared), trained)
     # The fused kernel would skip an overflow of fp16 by itself, where nobody sees that the update was none.
     fused = accelerator.scaler is None and accelerator.device.type in {"cpu", "cuda"}
-    return torch.optim.AdamW(groups, **shared, fused=fused)
+    return update_singly(args, torch.optim.AdamW(groups, **shared, fused=fused), trained)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 FORMAT = 1  # of a checkpoint; raised when a script of before could no longer read it
 MANIFEST, AVERAGE = "dreambooth.json", "ema.safetensors"
 MUST_MATCH = (
-    "method pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam use_ema rank"
-    " lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
+    "method pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam use_ema"
+    " full_bf16 rank lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
 ).split()
-MAY_DIFFER = (
-    "local_rank output_dir resume_from_checkpoint report_to logging_dir max_train_steps num_train_epochs".split()
-)
+MAY_DIFFER = "local_rank output_dir logging_dir report_to resume_from_checkpoint max_train_steps num_train_epochs"
 SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
 
 
@@ -1104,43 +1154,28 @@ def compare_runs(accelerator, checkpoint, then, run):
     for name in fixed:
         if name in differ:
             refuse(f"{checkpoint} was trained with {name} {differ[name]!r}, not {run[name]!r}: give the same")
-    silent = MAY_DIFFER
+    silent = MAY_DIFFER.split()
     if math.prod(then[name] for name in SHARES) == math.prod(run[name] for name in SHARES):
-        silent = [*MAY_DIFFER, *SHARES]  # an update has the same images, however they are shared out
+        silent += SHARES  # an update has the same images, however they are shared out
     changed = [f"{name} {run[name]!r} was {old!r}" for name, old in differ.items() if name not in silent]
     if changed:
         log.warning(f"the run goes on from {checkpoint}, but not as it was: {', '.join(changed)}")
 
 
 def resume(accelerator, checkpoint, average, step, total):
-    """Loads what goes with the weights of a checkpoint: the optimizer's state, the schedule, the scaler, the average."""
-    try:
+    """Loads what goes with the weights of a checkpoint: state of the optimizer, schedule and scaler, the average."""
+    with or_refuse(f"{checkpoint} cannot be loaded: take it away and resume from an older one"):
         accelerator.load_state(checkpoint)
         if average:
             state = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
             average.optimization_step = state.pop("step").item()
             average.shadow_params = [state[str(number)] for number in range(len(state))]
-    except Exception as error:  # a damaged file of the right size leads its reader into any
-        refuse(f"{checkpoint} cannot be loaded ({error}): take it away and resume from an older one")
     log.info(f"Resumed from {checkpoint}")
     if step >= total:
         log.warning(f"nothing is left to train: {checkpoint} has {step} updates, {total} are asked for")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def share_out(accelerator, items):
-    """This process's part of the items, padded, for under FSDP2 all processes take part in each forward pass."""
-    with accelerator.split_between_processes(list(items), apply_padding=True) as mine:
-        return mine
-
-
-def gather_items(accelerator, items):
-    """The dicts of all processes as one."""
-    return dict(utils.gather_object(list(items.items()))) if accelerator.num_processes > 1 else items
+# ---- Validation -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -1161,8 +1196,8 @@ def evaluation(models, parameters, average):
             model.train()
 
 
-def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
-    """PIL images of one prompt, one a seed, by the base pipeline with its own number of steps and guidance.
+def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, **options):
+    """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
     `prompt` and `empty` are embeds (1, S, D) and pooled embeds (1, P) of the prompt and of "". The VAE decodes in
     float32. Errors: ValueError for latents that are not finite; InterruptedError once `stop()` is true.
@@ -1186,6 +1221,7 @@ def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         callback_on_step_end=look,
         output_type="latent",
+        **options,
     ).images
     if pipeline.interrupt:
         raise InterruptedError("a signal has come")
@@ -1201,8 +1237,8 @@ def add_class_images(args, parts, accelerator, dataset):
     """Adds the class images to the dataset; those that --class_data_dir lacks are drawn into it before."""
     present = list_images(args.class_data_dir)
     taken = {path.name.split("-")[0] for path in present}  # an interrupted run, or a user, may have left gaps
-    free = [number for number in range(args.num_class_images) if str(number) not in taken]
-    numbers = free[: max(args.num_class_images - len(present), 0)]
+    lacking = max(args.num_class_images - len(present), 0)
+    numbers = [number for number in range(args.num_class_images) if str(number) not in taken][:lacking]
     accelerator.wait_for_everyone()  # nobody counts what another has already drawn
     if numbers:
         draw_class_images(args, parts, accelerator, numbers)
@@ -1224,11 +1260,8 @@ def draw_class_images(args, parts, accelerator, numbers):
     for first in tqdm(firsts, desc="Drawing class images", disable=not accelerator.is_main_process):
         batch = mine[first : first + args.sample_batch_size]
         seeds = [derive_seed(args.seed, "class drawing", number) for number in batch]
-        try:
-            with torch.no_grad():
-                images = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop=bool)
-        except ValueError as error:
-            refuse(f"--prior_generation_precision {dtype}: {error}")
+        with or_refuse(f"class images cannot be drawn in {dtype}, see --prior_generation_precision"), torch.no_grad():
+            images = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop=bool)
         for number, image in zip(batch, images, strict=True):
             name = f"{number}-{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
             save_image(image, Path(args.class_data_dir, name))
@@ -1246,37 +1279,44 @@ def save_image(image, path):
 def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embed, held_out):
     """Mean loss of the held-out images at eight noise levels each, whose noise is the same at every call and run."""
     losses, device = {}, accelerator.device
-    for index in share_out(accelerator, range(len(held_out))):
-        example = held_out[0, index, 0][0]
-        moments, text = example["data"][None].to(device), embed([example["prompt"]])
-        for level in range(8):
-            seeds = [derive_seed("held out", index, level)]
+    # Padded, for under FSDP2 all processes take part in each forward pass; whatever comes twice counts once.
+    with accelerator.split_between_processes(list(range(len(held_out))), apply_padding=True) as mine:
+        for index, level in itertools.product(mine, range(8)):
+            example, seeds = held_out[0, index, 0][0], [derive_seed("held out", index, level)]
+            moments, text = example["data"][None].to(device), embed([example["prompt"]])
             latents, noise, _ = draw_latents(args, vae_config, moments, seeds, torch.device("cpu"))
             u = torch.full((1,), (level + 0.5) / 8, device=device)
-            losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text).item()
-    losses = gather_items(accelerator, losses)
+            losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text)[0].item()
+    losses = dict(utils.gather_object(list(losses.items())))
     return math.fsum(losses.values()) / len(losses)
 
 
 def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, final=False):
     """Logs the held-out loss, and draws --num_validation_images, as far as the flags ask for them.
 
-    Image i is drawn from seed + i, kept as a file and sent to TensorBoard and W&B. Returns the files' paths on the main
-    process. Errors: InterruptedError after a signal, on all processes alike.
+    Image i is drawn from seed + i, kept as a file and sent to the trackers. Returns the paths on the main process.
+    Errors: InterruptedError after a signal, on all processes alike.
     """
     transformer, images = accelerator.unwrap_model(embed.trained["transformer"], keep_torch_compile=False), {}
     with accelerator.autocast():
         if held_out:
             loss = measure_held_out(args, accelerator, transformer, vae.config, scheduler, embed, held_out)
             accelerator.log({"validation_loss": loss}, step=step)
-        if not args.validation_prompt:
+        if not args.validation_prompt or final and args.skip_final_inference:
             return []
+        drawing = {"num_inference_steps": args.validation_num_inference_steps}
+        drawing["guidance_scale"] = args.validation_guidance_scale
+        drawing = {name: value for name, value in drawing.items() if value is not None}
         texts, stop = (embed([args.validation_prompt]), embed([""])), lambda: read_signal(accelerator, caught)
-        with on_loan(vae, accelerator.device):
-            for n in share_out(accelerator, range(args.num_validation_images)):
-                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop)[0]
+        numbers = list(range(args.num_validation_images))
+        with (
+            on_loan(vae, accelerator.device),
+            accelerator.split_between_processes(numbers, apply_padding=True) as mine,
+        ):
+            for n in mine:
+                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop, **drawing)[0]
     training_utils.free_memory()
-    images = gather_items(accelerator, images)
+    images = dict(utils.gather_object(list(images.items())))
     if not accelerator.is_main_process:
         return []
     images = [images[number] for number in sorted(images)]
@@ -1292,27 +1332,21 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
             tracker.log_images({"test" if final else "validation": pixels}, step=step, dataformats="NHWC")
         elif tracker.name in ("wandb", "trackio"):
             picture = importlib.import_module(tracker.name).Image
-            images = [picture(image, caption=args.validation_prompt) for image in images]
-            tracker.log({"test" if final else "validation": images}, step=step)
+            pictures = [picture(image, caption=args.validation_prompt) for image in images]
+            tracker.log({"test" if final else "validation": pictures}, step=step)
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The result and the Hub
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The result and the Hub -----------------------------------------------------------------------------------------
 
 
 def describe_result(args, repository):
     """Title and tags of the model card, the lines of its program that load the pipeline, and the files to upload."""
-    source = ", ".join([repr(repository), *(f"{name}=None" for name in absent_parts(args))])
+    absent = [f"{name}=None" for name in ("text_encoder_3", "tokenizer_3") if name not in read_pipeline(args)]
+    source = ", ".join([repr(repository), *absent])
     usage = f"pipeline = StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)\n"
     folders = [f"{name}/*" for name in ("transformer", "vae", "scheduler", "text_encoder*", "tokenizer*")]
     return f"SD3 DreamBooth - {repository}", [], usage, ["model_index.json", *folders]
-
-
-def absent_parts(args):
-    """Parts that diffusers has to be told not to expect, {name: None}: T5 and its tokenizer where there are none."""
-    return {name: None for name in ("text_encoder_3", "tokenizer_3") if name not in read_pipeline(args)}
 
 
 def public_name(args):
@@ -1323,14 +1357,12 @@ def public_name(args):
 
 def name_base_model(args):
     """Family of the base model by its transformer's config and its name, with the page of its licence."""
-    config = read_transformer_config(args)
+    config, family = read_transformer_config(args), "Stable Diffusion 3 Medium"
     if config.get("dual_attention_layers"):
         family = "Stable Diffusion 3.5 Medium"
     elif config.get("qk_norm"):
         turbo = "turbo" in str(args.pretrained_model_name_or_path).lower()
         family = f"Stable Diffusion 3.5 Large{' Turbo' * turbo}"
-    else:
-        family = "Stable Diffusion 3 Medium"
     return family, f"https://huggingface.co/stabilityai/{family.lower().replace(' ', '-')}/blob/main/LICENSE.md"
 
 
@@ -1406,15 +1438,11 @@ def open_repository(args, accelerator):
     from huggingface_hub import auth_check, create_repo
 
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
-    try:
+    remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
+    with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
         private = args.hub_private_repo or None
         repository = create_repo(repository, private=private, exist_ok=True, token=args.hub_token).repo_id
         auth_check(repository, write=True, token=args.hub_token)  # create_repo passes over one that is not ours
-    except Exception as error:  # also those of whichever HTTP client the Hub's library uses
-        refuse(
-            f"--push_to_hub: the repository {repository!r} cannot be created or written: give --hub_model_id USER/NAME"
-            f" and a token that may write, by `hf auth login` or in HF_TOKEN ({error})"
-        )
     return repository
 
 
@@ -1433,28 +1461,24 @@ def publish(args, accelerator, repository, step, image_paths, failed):
             upload_folder(repo_id=repository, folder_path=args.output_dir, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def start_accelerator(args):
     """The accelerator with its trackers not yet started, and the folders that the run writes to."""
     for name in ("output_dir", "class_data_dir") if args.with_prior_preservation else ("output_dir",):
-        try:
-            Path(getattr(args, name)).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=getattr(args, name)).close()
-        except OSError as error:
-            refuse(f"--{name} {getattr(args, name)!r} cannot be written ({error}): give another folder")
+        folder = getattr(args, name)
+        with or_refuse(f"--{name} {folder!r} cannot be written: give another folder"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
     try:
         accelerator = Accelerator(
             # A plugin, since accelerate prefers the environment's number to a plain argument.
             gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to.split(","),
-            project_config=utils.ProjectConfiguration(
-                args.output_dir, str(Path(args.output_dir, args.logging_dir, args.tracker_run_name or ""))
-            ),
+            project_config=utils.ProjectConfiguration(args.output_dir, str(logs)),
             dataloader_config=utils.DataLoaderConfiguration(even_batches=False, non_blocking=True),
             step_scheduler_with_optimizer=False,  # else it would be stepped once a process
             kwargs_handlers=[
@@ -1481,23 +1505,19 @@ def start_accelerator(args):
     return accelerator
 
 
-@contextlib.contextmanager
-def claim_folder(args, accelerator):
-    """Keeps output_dir for this run alone for the length of a with block, with what it encodes; a dry run needs not."""
+def claim_folder(args, accelerator, cleanup):
+    """Keeps output_dir, and what is encoded into it, for this run alone until it ends; a dry run does without."""
     if args.dry_run or not accelerator.is_main_process:
-        yield
         return
     lock, encoded = FileLock(Path(args.output_dir, ".lock")), Path(args.output_dir, ENCODED)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         refuse(f"--output_dir {args.output_dir!r} belongs to a run that is going on: give another folder")
-    try:
-        shutil.rmtree(encoded, ignore_errors=True)  # of a run that was killed
-        yield
-    finally:
-        shutil.rmtree(encoded, ignore_errors=True)
-        lock.release()
+    for left in (encoded, *Path(args.output_dir).glob(".checkpoint-*.partial")):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    cleanup.callback(lock.release)
+    cleanup.callback(shutil.rmtree, encoded, ignore_errors=True)
 
 
 def start_trackers(args, accelerator, run):
@@ -1505,21 +1525,17 @@ def start_trackers(args, accelerator, run):
     config = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in run.items()}
     folder, run = str(Path(args.output_dir, args.logging_dir)), args.tracker_run_name
     options = {"wandb": {"dir": folder, "name": run}, "trackio": {"name": run}}
-    try:
+    with or_refuse(f"--report_to {args.report_to}: a tracker does not start: mend it or leave it out"):
         accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
-    except Exception as error:  # whatever its client raises
-        refuse(f"--report_to {args.report_to}: a tracker does not start ({error}): mend it or leave it out")
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
-@contextlib.contextmanager
-def catch_signals():
-    """A list that SIGTERM, SIGINT and SIGUSR1, SLURM's warning, put their number into, for the length of a with block.
+def catch_signals(cleanup):
+    """A list that SIGTERM, SIGINT and SIGUSR1, SLURM's warning, put their number into; a second one ends the process.
 
-    A second one ends the process. `accelerate launch` passes no signal on: send it to the training process, or start
-    that by python or torchrun. Outside the main thread Python catches none.
+    `accelerate launch` passes no signal on: send it to the training process, or start that by python or torchrun.
     """
     caught = []
 
@@ -1530,13 +1546,10 @@ def catch_signals():
         name = signal.Signals(number).name
         print(f"\n{name}: the run saves a checkpoint and ends; a second signal ends it at once", file=sys.stderr)
 
-    here = SIGNALS if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, catch) for number in here}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if threading.current_thread() is threading.main_thread():  # Python catches signals in no other
+        for number in SIGNALS:
+            cleanup.callback(signal.signal, number, signal.signal(number, catch))
+    return caught
 
 
 def leave_signals(worker):
@@ -1549,18 +1562,16 @@ def leave_signals(worker):
 
 def read_signal(accelerator, caught):
     """The signal that any process has caught, or 0. Called on all of them alike."""
-    numbers = torch.tensor([max(caught, default=0)], device=accelerator.device)
-    return int(accelerator.gather(numbers).max()) if accelerator.num_processes > 1 else max(caught, default=0)
+    return int(accelerator.gather(torch.tensor([max(caught, default=0)], device=accelerator.device)).max())
 
 
 def encode_once(args, parts, accelerator, targets, dataset, held_out):
     """The prompts' table and the VAE, once all has been encoded that training does not change.
 
-    The encoders are loaded and freed one by one, then the VAE, and the transformer after this: the memory of a run is
-    that of its largest part, not of all.
+    Each encoder is freed before the next part is loaded: the memory of a run is that of its largest part, not of all.
     """
     prompts = {prompt for each in (dataset, held_out) if each for kind in each.prompts.values() for prompt in kind}
-    prompts |= {args.validation_prompt, ""} if args.validation_prompt else {""}
+    prompts |= {"", *filter(None, (args.validation_prompt, args.class_prompt))}
     embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
     embed.report_cut(sorted(prompts))
     embed.fill(parts, sorted(prompts))
@@ -1610,7 +1621,7 @@ def prepare_models(args, accelerator, trained, total):
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
-    average = training_utils.EMAModel(parameters, decay=args.ema_decay) if args.use_ema else None
+    average = training_utils.EMAModel([p.float() for p in parameters], decay=args.ema_decay) if args.use_ema else None
     return trained, parameters, optimizer, schedule, average
 
 
@@ -1622,9 +1633,7 @@ def read_update(args, accelerator, seen, norm, caught):
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: each process has a part of it
     parts = torch.stack(seen).mean(dim=0).chunk(2 if args.with_prior_preservation else 1)
     others = [torch.as_tensor(value).to(parts[0]) for value in (norm, max(caught, default=0))]
-    rows = torch.stack([*(part.mean() for part in parts), *others])[None]
-    if accelerator.num_processes > 1:
-        rows = accelerator.gather(rows)
+    rows = accelerator.gather(torch.stack([*(part.mean() for part in parts), *others])[None])
     *losses, norm, number = torch.cat([rows[:, :-1].mean(dim=0), rows[:, -1:].amax(dim=0)]).tolist()
     seen.clear()
     figures = {"loss": losses[0], "grad_norm": norm}
@@ -1670,19 +1679,17 @@ def attempt(failed, what):
 
 def end_run(args, accelerator, step, total, skipped, failed, stop):
     """Ends the run: after a signal with 128 + its number, where less was done than asked for with 1 and the reason."""
-    accelerator.end_training()
     failed = utils.broadcast_object_list([failed])[0]
+    accelerator.end_training()
     reasons = [f"{', '.join(failed)} failed"] if failed else []
     if step < total:
         reasons.append(f"{step} of {total} updates were made")
     if len(skipped) * 10 > total:
         reasons.append(f"{len(skipped)} of {total} updates were skipped, not being finite: lower the rate")
     if stop:
-        reasons = [
-            f"{signal.Signals(stop).name} ended it at update {step}: add --resume_from_checkpoint latest to go on"
-        ]
+        reasons = [f"{signal.Signals(stop).name} came at update {step}: --resume_from_checkpoint latest goes on"]
     if reasons and accelerator.is_main_process:
-        print(f"what was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
+        print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
     if reasons:
         sys.exit(128 + stop if stop else 1)
     log.info(f"The result is in {args.output_dir}")
@@ -1728,20 +1735,18 @@ def main(args):
     """Trains, and leaves in output_dir what the module's docstring lists."""
     accelerator = start_accelerator(args)
     with contextlib.ExitStack() as cleanup:
-        # What there is: a folder for this run alone, the base model, what of it is trained, and a run to go on from.
-        cleanup.enter_context(claim_folder(args, accelerator))
+        # What there is: a folder for this run alone, the base model, what of it is trained, a run to go on from.
+        claim_folder(args, accelerator, cleanup)
         parts = read_pipeline(args)
         targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
-        step = manifest.get("step", 0)
-        if args.seed is None:
-            args.seed = utils.broadcast_object_list([manifest.get("seed", random.SystemRandom().randrange(2**32))])[0]
+        drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
+        step, args.seed = manifest.get("step", 0), manifest.get("seed", drawn) if args.seed is None else args.seed
 
         # The data: all of it is checked before anything is created, drawn or loaded. A dry run ends here.
         dataset, held_out = read_instances(args), read_held_out(args)
         run = describe_run(args, accelerator, dataset)
-        if checkpoint:
-            compare_runs(accelerator, checkpoint, manifest["run"], run)
+        compare_runs(accelerator, checkpoint, manifest.get("run", run), run)
         if args.dry_run:
             report_dry_run(args, parts, accelerator, targets, dataset)
             return
@@ -1760,7 +1765,7 @@ def main(args):
             resume(accelerator, checkpoint, average, step, total)
         embed.trained, models, transformer = trained, list(trained.values()), trained["transformer"]
 
-        caught, seen, skipped, failed = cleanup.enter_context(catch_signals()), [], [], []
+        caught, seen, skipped, failed = catch_signals(cleanup), [], [], []
         bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_main_process)
         first = max(step - 1, 0) // updates if step < total else total  # of the last update: its images may be due
         for epoch in range(first, math.ceil(total / updates)):
@@ -1770,8 +1775,7 @@ def main(args):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
                     moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
                     latents, noise, u = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
-                    embeds, pooled = embed(batch["prompts"])
-                    losses = flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled)
+                    losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:
