@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CODE := train_dreambooth_sd3.py train_dreambooth_lora_sd3.py tests demo benchmarks
 
-.PHONY: demo test test-oldest test-2025 golden check format
+.PHONY: demo test test-gpu test-oldest test-2025 golden check format
 
 demo: .venv/ready
 	$(BIN)/python demo/run.py
@@ -19,6 +19,10 @@ test-oldest test-2025: test-%: .venv-%/ready
 # Writes the losses and checkpoints that later versions are held against, where a change of them is meant.
 golden: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden.py
+
+# On the first card, or on the one that CUDA_VISIBLE_DEVICES names. cuBLAS has one result by this setting alone.
+test-gpu: .venv/ready
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_gpu.py
 
 check: .venv/ready
 	$(BIN)/ruff format --check $(CODE)
