@@ -160,12 +160,7 @@ def add_training_flags(parser):
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Unset: as accelerate was configured.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later.")
     add("--seed", type=in_range(int, 0, 2**32), help="Of all draws; unset: one is drawn and kept in checkpoints.")
-    add(
-        "--local_rank",
-        type=int,
-        default=-1,
-        help="Given by old launchers; LOCAL_RANK in the environment is what counts.",
-    )
+    add("--local_rank", type=int, default=-1, help="Given by old launchers; LOCAL_RANK in the environment counts.")
 
     add = parser.add_argument_group("loss").add_argument
     add("--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, 3.1; none: uniform.")
@@ -294,6 +289,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchv
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars: those of one process will do
 
+import huggingface_hub
 import numpy as np
 import torch
 from accelerate import Accelerator, utils
@@ -303,7 +299,6 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
-from huggingface_hub import ModelCardData
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -549,37 +544,32 @@ def read_folder(args, flag, folder):
     return images, captions
 
 
-def load_rows(args, name):
-    """Rows of a dataset: a folder that one was saved to, a file, a folder of files or images, or a Hub id."""
-    from datasets import load_dataset, load_from_disk
-
-    path, options = Path(name), {"split": args.dataset_split, "cache_dir": args.cache_dir}
-    if Path(path, "state.json").is_file() or Path(path, "dataset_dict.json").is_file():
-        rows = load_from_disk(name)
-        splits = rows if isinstance(rows, dict) else {str(rows.split): rows, "train": rows}
-        if args.dataset_split not in splits:
-            raise ValueError(f"--dataset_split {args.dataset_split!r} is not in it, but {', '.join(splits)}")
-        return splits[args.dataset_split]
-    if any(path.glob("metadata.*")):
-        return load_dataset("imagefolder", data_dir=name, **options)
-    if path.is_file():
-        return load_dataset({".jsonl": "json"}.get(path.suffix, path.suffix[1:]), data_files=name, **options)
-    return load_dataset(name, args.dataset_config_name, **options)
-
-
 def read_dataset(args, flag, name, image_column, caption_column):
-    """Images of a dataset, decoded when they are used, and a caption or None for each."""
+    """Images of a dataset, a path or a Hub id, decoded when they are used, and a caption or None for each."""
+    path, options = Path(name), {"split": args.dataset_split, "cache_dir": args.cache_dir}
     with or_refuse(f"{flag} {name!r} cannot be read"):
-        from datasets import Image as ImageFeature
+        import datasets
 
-        rows = load_rows(args, name)
+        if Path(path, "state.json").is_file() or Path(path, "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(name)
+            splits = saved if isinstance(saved, dict) else {str(saved.split): saved, "train": saved}
+            if args.dataset_split not in splits:
+                raise ValueError(f"--dataset_split {args.dataset_split!r} is not in it, but {', '.join(splits)}")
+            rows = splits[args.dataset_split]
+        elif any(path.glob("metadata.*")):
+            rows = datasets.load_dataset("imagefolder", data_dir=name, **options)
+        elif path.is_file():
+            form = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
+            rows = datasets.load_dataset(form, data_files=name, **options)
+        else:
+            rows = datasets.load_dataset(name, args.dataset_config_name, **options)
     for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column and column not in rows.column_names:
             refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
     captions = rows[caption_column][:] if caption_column else [None] * len(rows)
-    if isinstance(rows.features[image_column], ImageFeature):
-        return rows.cast_column(image_column, ImageFeature(decode=False))[image_column], captions
-    beside = Path(name).parent if Path(name).is_file() else Path()  # paths are relative to the file they stand in
+    if isinstance(rows.features[image_column], datasets.Image):
+        return rows.cast_column(image_column, datasets.Image(decode=False))[image_column], captions
+    beside = path.parent if path.is_file() else Path()  # paths are relative to the file they stand in
     images = [row if not isinstance(row, str) or "://" in row else str(beside / row) for row in rows[image_column]]
     return images, captions
 
@@ -626,13 +616,13 @@ def read_pipeline(args):
     for name in needed | parts:
         library, class_name = parts.get(name, ("nothing", ""))
         if library not in ("diffusers", "transformers") or needed.get(name, "") not in class_name:
-            found = f"{library} {class_name}".strip()
-            refuse(f"--pretrained_model_name_or_path {model!r} is no SD3 pipeline: its {name} is {found}")
+            found = f"its {name} is {library} {class_name}"
+            refuse(f"--pretrained_model_name_or_path {model!r} is no SD3 pipeline: {found}")
     return parts
 
 
 def load_part(args, parts, name, checkpoint=None, **kwargs):
-    """One part of the base pipeline, or of a checkpoint, a model frozen; refuses one that is damaged."""
+    """One part of the base pipeline or of a checkpoint, refused if it is damaged; a model is frozen."""
     (library, class_name), model = parts[name], str(checkpoint or args.pretrained_model_name_or_path)
     variant = None if checkpoint else args.variant
     with or_refuse(f"{name} of {model!r} cannot be loaded{f' in the variant {variant!r}' if variant else ''}"):
@@ -749,7 +739,7 @@ class PromptTable:
             self.tokenizers["text_encoder_3"].model_max_length = args.max_sequence_length
         tables = self.tables = {e: TensorFolder(args, f"{e} {dtype}") for e in self.tokenizers if e not in targets}
         send = functools.partial(utils.send_to_device, device=accelerator.device)
-        # Those of the last prompts stay on the device, but not longer than this table, which the cache does not know.
+        # What was read last stays on the device. The cache knows `tables`, not self, so that it goes with this table.
         self.look_up = functools.lru_cache(64)(lambda name, prompt: send(tables[name][prompt]))
 
     def fill(self, parts, prompts):
@@ -866,13 +856,10 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled,
     index = (u * len(scheduler.timesteps)).long().clamp(0, len(scheduler.timesteps) - 1)  # mode reaches u = 1
     sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
     noisy = (1 - sigma) * latents + sigma * noise
-    velocity = transformer(  # under autocast: half precision inside, float32 in and out
-        hidden_states=noisy,
-        timestep=scheduler.timesteps[index],
-        encoder_hidden_states=embeds,
-        pooled_projections=pooled,
-        return_dict=False,
-    )[0].float()
+    text = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+    # Under autocast, which is half precision inside and float32 in and out.
+    output = transformer(hidden_states=noisy, timestep=scheduler.timesteps[index], **text, return_dict=False)
+    velocity = output[0].float()
     prediction, truth = velocity, noise - latents
     if args.precondition_outputs:
         prediction, truth = noisy - sigma * velocity, latents
@@ -988,10 +975,7 @@ SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # the
 
 
 def save_weights(args, accelerator, trained, folder, final=False):
-    """Writes each trained model into a folder of its name, as StableDiffusion3Pipeline.from_pretrained reads it.
-
-    With `final` the index is added that makes the folder a whole pipeline.
-    """
+    """Writes each trained model into a folder of its name; `final` adds the index of a whole pipeline."""
     for name, model in trained.items():
         state = accelerator.get_state_dict(model)  # on each process, for each may have a part of it
         state = {key.replace("_orig_mod.", ""): weight for key, weight in state.items()}
@@ -1164,7 +1148,8 @@ def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, *
     pipeline.set_progress_bar_config(disable=True)
 
     def look(pipeline, number, timestep, tensors):
-        pipeline._interrupt = bool(stop())  # what diffusers documents for leaving a pipeline early
+        if stop():
+            raise InterruptedError("a signal has come")
         return tensors
 
     latents = pipeline(
@@ -1179,8 +1164,6 @@ def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, *
         output_type="latent",
         **options,
     ).images
-    if pipeline.interrupt:
-        raise InterruptedError("a signal has come")
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
@@ -1248,10 +1231,9 @@ def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embe
 
 
 def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, final=False):
-    """Logs the held-out loss, and draws --num_validation_images, as far as the flags ask for them.
+    """Logs the held-out loss and draws --num_validation_images, image i from seed + i, as far as flags ask for them.
 
-    Image i is drawn from seed + i, kept as a file and sent to the trackers. Returns the paths on the main process.
-    Errors: InterruptedError after a signal, on all processes alike.
+    Returns the images' paths on the main process. Errors: InterruptedError after a signal, on all processes alike.
     """
     transformer, images = accelerator.unwrap_model(embed.trained["transformer"], keep_torch_compile=False), {}
     with accelerator.autocast(), on_loan(vae, accelerator.device):
@@ -1351,7 +1333,7 @@ def write_card(args, accelerator, repository, step, image_paths):
     if not Path(args.pretrained_model_name_or_path).is_dir():  # the Hub refuses a card whose base model is no id
         data |= {"base_model": base, "base_model_relation": "adapter" if "lora" in tags else "finetune"}
     card = f"""---
-{ModelCardData(**data).to_yaml()}
+{huggingface_hub.ModelCardData(**data).to_yaml()}
 ---
 
 # {title}
@@ -1386,14 +1368,13 @@ def open_repository(args, accelerator):
     """Id of the Hub repository, which is created: better at the start than after hours. None without --push_to_hub."""
     if not args.push_to_hub or not accelerator.is_main_process:
         return None
-    from huggingface_hub import auth_check, create_repo
-
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
     remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
-        private = args.hub_private_repo or None
-        repository = create_repo(repository, private=private, exist_ok=True, token=args.hub_token).repo_id
-        auth_check(repository, write=True, token=args.hub_token)  # create_repo passes over one that is not ours
+        options = {"private": args.hub_private_repo or None, "exist_ok": True, "token": args.hub_token}
+        repository = huggingface_hub.create_repo(repository, **options).repo_id
+        # Creating passes over one that is there and not ours.
+        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)
     return repository
 
 
@@ -1404,12 +1385,10 @@ def publish(args, accelerator, repository, step, image_paths, failed):
     with attempt(failed, "writing the model card"):
         write_card(args, accelerator, repository or args.output_dir, step, image_paths)
     if repository:
-        from huggingface_hub import upload_folder
-
         patterns = ["README.md", *describe_result(args, repository)[-1], *(path.name for path in image_paths)]
         options = {"commit_message": "End of training", "allow_patterns": patterns, "token": args.hub_token}
         with attempt(failed, "the upload"):
-            upload_folder(repo_id=repository, folder_path=args.output_dir, **options)
+            huggingface_hub.upload_folder(repo_id=repository, folder_path=args.output_dir, **options)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -1513,7 +1492,7 @@ def read_signal(accelerator, caught):
 
 
 def encode_once(args, parts, accelerator, targets, dataset, held_out):
-    """The prompts' table and the VAE, once all has been encoded that training does not change, part after part."""
+    """The prompts' table and the VAE, after encoding what training does not change; each encoder goes when done."""
     prompts = {prompt for each in (dataset, held_out) if each for kind in each.prompts.values() for prompt in kind}
     prompts |= {"", *filter(None, (args.validation_prompt, args.class_prompt))}
     embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
