@@ -246,9 +246,11 @@ def check_input_flags(args):
     """Refuses input flags that contradict each other and folders that are not there."""
     if bool(args.dataset_name) == bool(args.instance_data_dir):
         refuse("--dataset_name, --instance_data_dir: give exactly one of the two")
-    for name in ("instance_data_dir", "validation_data_dir"):
+    for name in ("instance_data_dir", "validation_data_dir", "class_data_dir"):
         folder = getattr(args, name)
-        if folder and not Path(folder).is_dir():
+        if folder and Path(folder).resolve() == Path(args.output_dir).resolve():
+            refuse(f"--{name} is --output_dir {args.output_dir!r}: the next run would train on what this one draws")
+        if folder and name != "class_data_dir" and not Path(folder).is_dir():
             refuse(f"--{name} {folder!r} is not a folder: give the folder with the images")
     for name in ("class_data_dir", "class_prompt"):
         if args.with_prior_preservation and not getattr(args, name):
@@ -267,12 +269,9 @@ def check_input_flags(args):
 def parse_args(argv=None):
     """Flags of a run. Errors: SystemExit with code 2 and one line for flags that are wrong or contradictory."""
     args = build_parser().parse_args(argv)
-    check_input_flags(args)
     if not args.output_dir:
         refuse("--output_dir is empty: give the folder to write to")
-    for name in ("instance_data_dir", "class_data_dir", "validation_data_dir"):
-        if getattr(args, name) and Path(getattr(args, name)).resolve() == Path(args.output_dir).resolve():
-            refuse(f"--{name} is --output_dir {args.output_dir!r}: the next run would train on what this one draws")
+    check_input_flags(args)
     for name in ("logging_dir", "tracker_run_name"):
         if os.path.normpath(getattr(args, name) or "logs").startswith((".", os.sep)):
             refuse(f"--{name} {getattr(args, name)!r} leads out of --output_dir: give a name, such as logs")
@@ -536,7 +535,7 @@ class TensorFolder:
 
 
 def read_folder(args, flag, folder):
-    """Images of a folder and a caption or None for each; with a metadata file, as the datasets library reads it."""
+    """Images of a folder and a caption or None for each, from the files beside them or by the datasets library."""
     if any(Path(folder).glob("metadata.*")):
         return read_dataset(args, flag, folder, "image", args.caption_column or "text")
     images, captions = list_images(folder), []
@@ -886,9 +885,11 @@ def on_loan(vae, device):
     """Has the VAE on the device in a with block; its weights stay on the CPU as well, so none is copied back."""
     waiting = [(parameter, parameter.data) for parameter in vae.parameters()]
     vae.to(device)
-    yield
-    for parameter, weight in waiting:
-        parameter.data = weight
+    try:
+        yield
+    finally:
+        for parameter, weight in waiting:
+            parameter.data = weight
 
 
 def encode_moments(vae, pixels):
@@ -941,10 +942,9 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled,
     index = (u * len(scheduler.timesteps)).long().clamp(0, len(scheduler.timesteps) - 1)  # mode reaches u = 1
     sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
     noisy = (1 - sigma) * latents + sigma * noise
-    text = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+    rest = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "return_dict": False}
     # Under autocast, which is half precision inside and float32 in and out.
-    output = transformer(hidden_states=noisy, timestep=scheduler.timesteps[index], **text, return_dict=False)
-    velocity = output[0].float()
+    velocity = transformer(hidden_states=noisy, timestep=scheduler.timesteps[index], **rest)[0].float()
     prediction, truth = velocity, noise - latents
     if args.precondition_outputs:
         prediction, truth = noisy - sigma * velocity, latents
@@ -1228,6 +1228,7 @@ def add_class_images(args, parts, accelerator, dataset):
     accelerator.wait_for_everyone()  # nobody counts what another has already drawn
     if numbers:
         draw_class_images(args, parts, accelerator, numbers)
+        training_utils.free_memory()
     images = list_images(args.class_data_dir)[: args.num_class_images]
     dataset.add_images("class", "--class_data_dir", images, [args.class_prompt] * len(images))
 
@@ -1250,8 +1251,6 @@ def draw_class_images(args, parts, accelerator, numbers):
         for number, image in zip(batch, images, strict=True):
             name = f"{number}-{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
             save_image(image, Path(args.class_data_dir, name))
-    del transformer, vae
-    training_utils.free_memory()
     accelerator.wait_for_everyone()
 
 
@@ -1597,7 +1596,7 @@ def prepare_models(args, accelerator, trained, total):
 
 
 def read_update(args, accelerator, seen, norm, caught):
-    """Figures of an update, averaged over its batches' losses (B,) in `seen` and the processes, and a signal or 0."""
+    """Figures of an update, averaged over the losses (B,) of its batches, `seen`, and the processes; a signal or 0."""
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: each process has a part of it
     parts = torch.stack(seen).mean(dim=0).chunk(2 if args.with_prior_preservation else 1)
     others = [torch.as_tensor(value).to(parts[0]) for value in (norm, max(caught, default=0))]
@@ -1636,7 +1635,7 @@ def log_update(accelerator, bar, trained, schedule, figures, step):
 
 @contextlib.contextmanager
 def attempt(failed, what):
-    """Lets what is not worth the weights fail by itself: says so, and adds it to `failed`; gives a list to fill."""
+    """Lets what is not worth the weights fail by itself: says so, adds it to `failed`; yields a list for a result."""
     try:
         yield []
     except InterruptedError:  # by a signal, which is obeyed later
@@ -1733,7 +1732,7 @@ def main(args):
         embed.trained, models, transformer = trained, list(trained.values()), trained["transformer"]
         caught, seen, skipped, failed = catch_signals(cleanup), [], [], []
         bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_main_process)
-        for epoch in range(max(step - 1, 0) // updates, math.ceil(total / updates)):  # its images may still be due
+        for epoch in range(max(step - 1, 0) // updates, math.ceil(total / updates)):  # step - 1: its images may be due
             sampler.epoch, sampler.start = epoch, max(step - epoch * updates, 0) * args.gradient_accumulation_steps
             for batch in loader:
                 if step >= total:
@@ -1750,13 +1749,13 @@ def main(args):
 
                 norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                 figures, stop = read_update(args, accelerator, seen, norm, caught)
-                made = may_update(accelerator, figures, step + 1, skipped)
-                if made:
+                updated = may_update(accelerator, figures, step + 1, skipped)
+                if updated:
                     optimizer.step()
-                    made = not accelerator.optimizer_step_was_skipped  # by the scaler of fp16
-                if made:
+                    updated = not accelerator.optimizer_step_was_skipped  # by the scaler of fp16
+                if updated:
                     schedule.step()
-                if made and average:
+                if updated and average:
                     average.step(parameters)
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
