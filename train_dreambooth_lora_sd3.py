@@ -643,9 +643,7 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
                 raise ValueError(f"its vocabulary has {len(part)} words: a file of it is missing")
             return part
         kwargs |= {"variant": variant, "output_loading_info": True, **where(args, name)}
-        # Its constructor would compute a table of positions for seconds, only to read it from the file.
-        with torch.device("meta") if name == "transformer" else contextlib.nullcontext():
-            part, found = part_class.from_pretrained(model, **kwargs)
+        part, found = part_class.from_pretrained(model, **kwargs)
         odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if odd and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
@@ -1104,7 +1102,7 @@ def read_manifest(folder):
     try:
         manifest = json.loads(Path(folder, MANIFEST).read_text())
         if manifest.get("format") != FORMAT:
-            raise ValueError(f"its format is {manifest.get('format')}, not {FORMAT}: use the script that wrote it")
+            refuse(f"{folder}: its format is {manifest.get('format')}, not {FORMAT}: use the script that wrote it")
         for name, size in manifest["files"].items():
             if Path(folder, name).stat().st_size != size:
                 raise ValueError(f"{name} has {Path(folder, name).stat().st_size} bytes, not {size}")
@@ -1735,7 +1733,7 @@ def main(args):
         bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_main_process)
         for epoch in range(max(step - 1, 0) // updates, math.ceil(total / updates)):  # step - 1: its images may be due
             sampler.epoch, sampler.start = epoch, max(step - epoch * updates, 0) * args.gradient_accumulation_steps
-            for batch in loader:
+            for batch in loader if step < (epoch + 1) * updates else ():
                 if step >= total:
                     break
                 with accelerator.accumulate(*models):
