@@ -60,7 +60,7 @@ from pathlib import Path
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
-WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap")
+WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
 
 def refuse(message):
@@ -68,6 +68,15 @@ def refuse(message):
     time.sleep(2 if int(os.environ.get("LOCAL_RANK", 0)) else 0)  # until the launcher has ended this one
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def or_refuse(what):
+    """Refuses in one line whatever a with block raises, for damaged files and absent servers may lead to anything."""
+    try:
+        yield
+    except Exception as error:
+        refuse(f"{what} ({type(error).__name__}: {error})")
 
 
 def boolean(text):
@@ -143,6 +152,13 @@ def add_method_flags(parser):
     add("--lora_blocks", metavar="NUMBERS", help="Blocks that get adapters, such as 0,3 or 12-24; unset: all.")
     add("--upcast_before_saving", action="store_true", help="Save the final adapters in float32.")
     add("--bnb_quantization_config_path", metavar="FILE", help="BitsAndBytesConfig of a base in 8 or 4 bit; on a GPU.")
+    add(
+        "--init_lora",
+        metavar="PATH",
+        help="Start from the adapters of this file or folder, of the same layers and rank.",
+    )
+    preserved = "Weight of drawing --class_prompt as without adapters: preservation that needs no class images."
+    add("--output_preservation_weight", type=AMOUNT, default=0.0, help=preserved)
     parser.set_defaults(tracker_project_name="dreambooth-sd3-lora")
 
 
@@ -164,7 +180,12 @@ def add_training_flags(parser):
     add("--local_rank", type=int, default=-1, help="For old launchers; LOCAL_RANK in the environment wins.")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1.")
+    add(
+        "--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1; none: uniform."
+    )
+    add(
+        "--training_shift", type=POSITIVE, help="Shift of the training noise levels; unset: the scheduler's, 3 in SD3."
+    )
     add("--logit_mean", type=float, default=0.0, help="Mean of the logit-normal density.")
     add("--logit_std", type=POSITIVE, default=1.0, help="Standard deviation of the logit-normal density.")
     add("--mode_scale", type=float, default=1.29, help="Scale of the mode density.")
@@ -198,6 +219,9 @@ def add_output_flags(parser):
     add("--validation_data_dir", metavar="FOLDER", help="Held-out images: their loss at fixed noise is logged.")
     add("--num_validation_images", type=COUNT, default=4, help="How many images each time.")
     add("--validation_epochs", type=STEPS, default=50, help="Draw after epoch 0 and every so many epochs.")
+    add("--validation_num_inference_steps", type=COUNT, help="Denoising steps of these; unset: the pipeline's own.")
+    add("--validation_guidance_scale", type=AMOUNT, help="Their guidance; unset: the pipeline's own, 0 for Turbo.")
+    add("--skip_final_inference", action="store_true", help="Draw no images at the end.")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="sd3-dreambooth", metavar="FOLDER", help="Where everything is written.")
@@ -241,7 +265,7 @@ def check_input_flags(args):
     for name in ("class_data_dir", "class_prompt"):
         if args.with_prior_preservation and not getattr(args, name):
             refuse(f"--with_prior_preservation needs --{name}")
-        if getattr(args, name) and not args.with_prior_preservation:
+        if getattr(args, name) and not (args.with_prior_preservation or vars(args).get("output_preservation_weight")):
             print(f"--{name} has no effect without --with_prior_preservation", file=sys.stderr)
     if args.resolution % 16:
         near = round(args.resolution / 16) * 16
@@ -411,11 +435,8 @@ class DreamBoothDataset:
             pixels, size = self.load(kind, number)
             return size, zlib.crc32(pixels)
 
-        with ThreadPoolExecutor() as pool:
-            try:
-                return zip(*pool.map(inspect, range(len(images))), strict=True)
-            except ValueError as error:
-                refuse(f"{flag}: {error}")
+        with or_refuse(flag), ThreadPoolExecutor() as pool:
+            return zip(*pool.map(inspect, range(len(images))), strict=True)
 
     def load(self, kind, number, size=None):
         """Scaled pixels (H, W, 3) of an image, which stay in memory as long as there is room, and its crop's size."""
@@ -573,12 +594,10 @@ def load_rows(args, name):
 
 def read_dataset(args, flag, name, image_column, caption_column):
     """Images of a dataset, decoded when they are used, and a caption or None for each."""
-    try:
+    with or_refuse(f"{flag} {name!r} cannot be read"):
         from datasets import Image as ImageFeature
 
         rows = load_rows(args, name)
-    except Exception as error:  # the readers of its formats raise what they like
-        refuse(f"{flag} {name!r} cannot be read ({type(error).__name__}: {error.__cause__ or error})")
     for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column and column not in rows.column_names:
             refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
@@ -642,9 +661,9 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
 
     Refuses a part that cannot be read or whose weights do not fit its config. `kwargs` are from_pretrained's.
     """
-    model, variant = str(checkpoint or args.pretrained_model_name_or_path), None if checkpoint else args.variant
-    library, class_name = parts[name]
-    try:
+    (library, class_name), model = parts[name], str(checkpoint or args.pretrained_model_name_or_path)
+    variant = None if checkpoint else args.variant
+    with or_refuse(f"{name} of {model!r} cannot be loaded{f' in the variant {variant!r}' if variant else ''}"):
         part_class = getattr(importlib.import_module(library), class_name)
         if not hasattr(part_class, "parameters"):  # a tokenizer or the scheduler
             part = part_class.from_pretrained(model, **where(args, name))
@@ -660,9 +679,6 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
         if name == "vae" and part.config.shift_factor is None:
             raise ValueError("it has no shift_factor, so that it is no SD3's")
-    except Exception as error:  # the libraries raise what a damaged file leads them into
-        variant = f" in the variant {variant!r}" if variant else ""
-        refuse(f"{name} of {model!r}{variant} cannot be loaded ({type(error).__name__}: {error})")
     return part.requires_grad_(False).eval()
 
 
@@ -686,25 +702,26 @@ def read_transformer_config(args):
 
 
 def load_scheduler(args, parts, accelerator):
-    """The base's scheduler, with its tables of timesteps and sigmas on the device."""
+    """The base's scheduler, with the tables of timesteps and sigmas for training, (1000,) each, on the device."""
     scheduler = load_part(args, parts, "scheduler")
-    scheduler.timesteps = scheduler.timesteps.to(accelerator.device)
-    scheduler.sigmas = scheduler.sigmas.to(accelerator.device)
+    shift = {"shift": args.training_shift} if args.training_shift else {}  # its config, for drawing, keeps its own
+    tables = type(scheduler).from_config(scheduler.config, **shift)
+    scheduler.timesteps, scheduler.sigmas = (
+        tables.timesteps.to(accelerator.device),
+        tables.sigmas.to(accelerator.device),
+    )
     return scheduler
 
 
 def sketch_part(args, parts, name):
     """A model of the pipeline by its config alone, frozen, on the meta device: sizes without values."""
     (library, class_name), model = parts[name], args.pretrained_model_name_or_path
-    try:
+    with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
         part_class = getattr(importlib.import_module(library), class_name)
-        with torch.device("meta"):
-            if hasattr(part_class, "load_config"):
-                part = part_class.from_config(part_class.load_config(model, **where(args, name)))
-            else:
-                part = part_class(part_class.config_class.from_pretrained(model, **where(args, name)))
-    except Exception as error:  # a config of wrong types leads the libraries into any
-        refuse(f"{name} of {model!r} has a config that cannot be used ({type(error).__name__}: {error})")
+        if library == "diffusers":
+            part = part_class.from_config(part_class.load_config(model, **where(args, name)))
+        else:
+            part = part_class(part_class.config_class.from_pretrained(model, **where(args, name)))
     return part.requires_grad_(False)
 
 
@@ -724,6 +741,8 @@ def read_quantization(args, dtype=None):
         if unknown := set(fields) - set(BitsAndBytesConfig().to_dict()):
             raise ValueError(f"unknown: {', '.join(sorted(map(str, unknown)))}")
         config = BitsAndBytesConfig(**{**fields, "bnb_4bit_compute_dtype": dtype})
+        if not config.quantization_method():
+            raise ValueError("neither load_in_8bit nor load_in_4bit, in fp4 or nf4")
         DiffusersAutoQuantizer.from_config(config).validate_environment()
     except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         remedy = 'give a JSON file with fields of a BitsAndBytesConfig, such as {"load_in_4bit": true}, on a GPU'
@@ -745,6 +764,8 @@ def choose_blocks(args, count):
 
 def choose_targets(args, parts, accelerator):
     """Layers that get an adapter, by model. A name or a block that matches none is refused."""
+    if args.output_preservation_weight and (args.with_prior_preservation or not args.class_prompt):
+        refuse("--output_preservation_weight needs --class_prompt, and takes the place of --with_prior_preservation")
     read_quantization(args)  # a wrong one is refused now, not once the text has been encoded
     transformer, chosen = sketch_part(args, parts, "transformer"), set()
     blocks = [f"transformer_blocks.{n}." for n in choose_blocks(args, len(transformer.transformer_blocks))]
@@ -760,9 +781,12 @@ def choose_targets(args, parts, accelerator):
     for block in blocks if args.lora_blocks else ():
         if not any(name.startswith(block) for name in chosen):
             refuse(f"--lora_blocks: {block[:-1]} has none of --lora_layers {args.lora_layers}")
-    log.info(f"adapters: {dict(Counter(name.split('.', 2)[-1] for name in chosen))}")
+    log.info(f"adapters: {dict(Counter(name.split('.', 2)[-1] for name in sorted(chosen)))}")
     encoders = TEXT_ENCODERS[:2] if args.train_text_encoder else ()
     targets = {"transformer": [name for name in linear if name in chosen]}
+    if args.init_lora:
+        make_trainable(args, transformer, targets["transformer"])
+        read_adapters(args, None, "transformer", transformer)
     return targets | dict.fromkeys(encoders, ["q_proj", "k_proj", "v_proj", "out_proj"])
 
 
@@ -783,24 +807,43 @@ def make_trainable(args, model, layers):
     training_utils.cast_training_params(model, torch.float32)
 
 
+def adapter_scale(model):
+    """What PEFT multiplies lora_B by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    config = model.peft_config["default"]
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def read_adapters(args, checkpoint, name, model):
+    """Weights of a model's adapters, from a checkpoint or --init_lora; of other layers or rank they are refused."""
+    from peft import get_peft_model_state_dict
+
+    source, own = checkpoint or args.init_lora, get_peft_model_state_dict(model, save_embedding_layers=False)
+    with or_refuse(f"the adapters in {str(source)!r} cannot be read"):
+        state = StableDiffusion3Pipeline.lora_state_dict(str(source))
+    state = {key.removeprefix(f"{name}."): weight for key, weight in state.items() if key.startswith(f"{name}.")}
+    given, wanted = ({key: tuple(weight.shape) for key, weight in each.items()} for each in (state, own))
+    odd = sorted(dict(given.items() ^ wanted.items()))
+    if odd:
+        refuse(f"{str(source)!r} has not the adapters of this run: {len(odd)} of {name} differ, such as {odd[0]}")
+    if not checkpoint:  # a finished file, with its scale in lora_B
+        state = {key: weight / adapter_scale(model) if "lora_B" in key else weight for key, weight in state.items()}
+    return state
+
+
 def load_trained(args, parts, accelerator, targets, checkpoint):
-    """The models of `targets` in the frozen dtype, with float32 adapters on their layers: new or a checkpoint's."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    """The models of `targets` in the frozen dtype, with float32 adapters on their layers: new, or read from a file."""
+    from peft import set_peft_model_state_dict
 
     torch.manual_seed(args.seed)
     trained, dtype = {}, frozen_dtype(accelerator)
-    saved = load_file(Path(checkpoint, WEIGHTS)) if checkpoint else {}
     for name, layers in targets.items():
         # PEFT's prepare_model_for_kbit_training would make the parameters left float32, which autocast undoes,
         # and have inputs require gradients, which checkpointing here does not need.
         quantized = {"quantization_config": read_quantization(args, dtype)} if name == "transformer" else {}
         model = load_part(args, parts, name, **on_device(accelerator, dtype), **quantized)
         make_trainable(args, model, layers)
-        own = {key.removeprefix(f"{name}."): weight for key, weight in saved.items() if key.startswith(f"{name}.")}
-        if checkpoint:
-            if own.keys() != get_peft_model_state_dict(model, save_embedding_layers=False).keys():
-                refuse(f"{checkpoint}: the adapters of {name} are not those of this run")
-            set_peft_model_state_dict(model, own)
+        if checkpoint or args.init_lora:
+            set_peft_model_state_dict(model, read_adapters(args, checkpoint, name, model))
             training_utils.cast_training_params(model, torch.float32)
         trained[name] = model.train()
     return trained
@@ -942,12 +985,12 @@ def draw_latents(args, vae_config, moments, seeds, device):
     return latents, noise, torch.cat(u).to(moments.device)
 
 
-def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled):
-    """Rectified-flow loss of each image, (B,) in float32 (SD3 paper, section 2 and 3.1).
+def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled, target=None):
+    """Rectified-flow loss of each image, (B,) in float32, and the prediction (SD3 paper, sections 2 and 3.1).
 
     latents, noise (B, C, h, w) in float32; u (B,) in [0, 1]; embeds (B, S, D); pooled (B, P). The scheduler's tables
-    of timesteps and sigmas, (1000,) each, run from noisy to clean and lie on the latents' device; the base's shift
-    (3 in SD3, section 5.3.2) is already in them.
+    of timesteps and sigmas run from noisy to clean; the shift (section 5.3.2) is already in them. `target` is another
+    prediction, (B, C, h, w); unset: the data.
     """
     index = (u * len(scheduler.timesteps)).long().clamp(0, len(scheduler.timesteps) - 1)  # mode reaches u = 1
     sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
@@ -959,12 +1002,37 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled)
         pooled_projections=pooled,
         return_dict=False,
     )[0].float()
+    prediction, truth = velocity, noise - latents
     if args.precondition_outputs:
-        prediction, target = noisy - sigma * velocity, latents
-    else:
-        prediction, target = velocity, noise - latents
+        prediction, truth = noisy - sigma * velocity, latents
+    error = prediction - (truth if target is None else target)
     weight = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
-    return (weight * (prediction - target) ** 2).flatten(1).mean(dim=1)
+    return (weight * error**2).flatten(1).mean(dim=1), prediction
+
+
+def batch_losses(args, transformer, scheduler, embed, prompts, latents, noise, u):
+    """Loss of each image of a batch, (B,), and of preservation, if it is asked for.
+
+    That is the distance to what the model without adapters predicts for --class_prompt on the same noisy latents.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    losses = functools.partial(flow_losses, args, transformer, scheduler, latents, noise, u)
+    if not args.output_preservation_weight:
+        return losses(*embed(prompts))[0]
+    adapters = [module for model in embed.trained.values() for module in model.modules()]
+    adapters, kept = (
+        [module for module in adapters if isinstance(module, BaseTunerLayer)],
+        [args.class_prompt] * len(u),
+    )
+    for module in adapters:
+        module.enable_adapters(False)
+    with torch.no_grad():
+        _, before = losses(*embed(kept))
+    for module in adapters:
+        module.enable_adapters(True)
+    preserved, _ = losses(*embed(kept), target=before)
+    return losses(*embed(prompts))[0] + args.output_preservation_weight * preserved
 
 
 def mean_loss(args, losses):
@@ -1039,9 +1107,10 @@ def save_weights(args, accelerator, trained, folder, final=False):
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
         if final:
-            config = model.peft_config["default"]
-            scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+            scale = adapter_scale(model)
             state = {key: value * scale if "lora_B" in key else value for key, value in state.items()}
+            # transformers 5 finds DoRA's magnitudes of a text encoder under this name alone.
+            state = {re.sub("magnitude_vector$", "magnitude_vector.weight", key): v for key, v in state.items()}
         layers[f"{name}_lora_layers"] = {key: value.to(dtype) for key, value in state.items()}
     if accelerator.is_main_process:
         StableDiffusion3Pipeline.save_lora_weights(folder, **layers)
@@ -1139,12 +1208,6 @@ def find_checkpoint(args):
     return None, {}
 
 
-def choose_seed(args, manifest):
-    """--seed, else the checkpoint's, else one that is drawn for all processes."""
-    drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
-    return manifest.get("seed", drawn) if args.seed is None else args.seed
-
-
 def compare_runs(accelerator, checkpoint, then, run):
     """Refuses to go on from a run whose weights or optimizer were others, and says what else has changed."""
     differ = {name: old for name, old in then.items() if name in run and run[name] != old}
@@ -1162,14 +1225,12 @@ def compare_runs(accelerator, checkpoint, then, run):
 
 def resume(accelerator, checkpoint, average, step, total):
     """Loads what goes with the weights of a checkpoint: state of the optimizer, schedule and scaler, the average."""
-    try:
+    with or_refuse(f"{checkpoint} cannot be loaded: take it away and resume from an older one"):
         accelerator.load_state(checkpoint)
         if average:
             state = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
             average.optimization_step = state.pop("step").item()
             average.shadow_params = [state[str(number)] for number in range(len(state))]
-    except Exception as error:  # a damaged file of the right size leads its reader into any
-        refuse(f"{checkpoint} cannot be loaded ({error}): take it away and resume from an older one")
     log.info(f"Resumed from {checkpoint}")
     if step >= total:
         log.warning(f"nothing is left to train: {checkpoint} has {step} updates, {total} are asked for")
@@ -1196,8 +1257,8 @@ def evaluation(models, parameters, average):
             model.train()
 
 
-def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
-    """PIL images of one prompt, one a seed, by the base pipeline with its own number of steps and guidance.
+def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, **options):
+    """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
     `prompt` and `empty` are embeds (1, S, D) and pooled embeds (1, P) of the prompt and of "". The VAE decodes in
     float32. Errors: ValueError for latents that are not finite; InterruptedError once `stop()` is true.
@@ -1221,6 +1282,7 @@ def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         callback_on_step_end=look,
         output_type="latent",
+        **options,
     ).images
     if pipeline.interrupt:
         raise InterruptedError("a signal has come")
@@ -1236,8 +1298,8 @@ def add_class_images(args, parts, accelerator, dataset):
     """Adds the class images to the dataset; those that --class_data_dir lacks are drawn into it before."""
     present = list_images(args.class_data_dir)
     taken = {path.name.split("-")[0] for path in present}  # an interrupted run, or a user, may have left gaps
-    free = [number for number in range(args.num_class_images) if str(number) not in taken]
-    numbers = free[: max(args.num_class_images - len(present), 0)]
+    lacking = max(args.num_class_images - len(present), 0)
+    numbers = [number for number in range(args.num_class_images) if str(number) not in taken][:lacking]
     accelerator.wait_for_everyone()  # nobody counts what another has already drawn
     if numbers:
         draw_class_images(args, parts, accelerator, numbers)
@@ -1259,11 +1321,8 @@ def draw_class_images(args, parts, accelerator, numbers):
     for first in tqdm(firsts, desc="Drawing class images", disable=not accelerator.is_main_process):
         batch = mine[first : first + args.sample_batch_size]
         seeds = [derive_seed(args.seed, "class drawing", number) for number in batch]
-        try:
-            with torch.no_grad():
-                images = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop=bool)
-        except ValueError as error:
-            refuse(f"--prior_generation_precision {dtype}: {error}")
+        with or_refuse(f"class images cannot be drawn in {dtype}, see --prior_generation_precision"), torch.no_grad():
+            images = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop=bool)
         for number, image in zip(batch, images, strict=True):
             name = f"{number}-{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
             save_image(image, Path(args.class_data_dir, name))
@@ -1288,7 +1347,7 @@ def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embe
             moments, text = example["data"][None].to(device), embed([example["prompt"]])
             latents, noise, _ = draw_latents(args, vae_config, moments, seeds, torch.device("cpu"))
             u = torch.full((1,), (level + 0.5) / 8, device=device)
-            losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text).item()
+            losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text)[0].item()
     losses = dict(utils.gather_object(list(losses.items())))
     return math.fsum(losses.values()) / len(losses)
 
@@ -1304,8 +1363,11 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
         if held_out:
             loss = measure_held_out(args, accelerator, transformer, vae.config, scheduler, embed, held_out)
             accelerator.log({"validation_loss": loss}, step=step)
-        if not args.validation_prompt:
+        if not args.validation_prompt or final and args.skip_final_inference:
             return []
+        drawing = {"num_inference_steps": args.validation_num_inference_steps}
+        drawing["guidance_scale"] = args.validation_guidance_scale
+        drawing = {name: value for name, value in drawing.items() if value is not None}
         texts, stop = (embed([args.validation_prompt]), embed([""])), lambda: read_signal(accelerator, caught)
         numbers = list(range(args.num_validation_images))
         with (
@@ -1313,7 +1375,7 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
             accelerator.split_between_processes(numbers, apply_padding=True) as mine,
         ):
             for n in mine:
-                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop)[0]
+                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop, **drawing)[0]
     training_utils.free_memory()
     images = dict(utils.gather_object(list(images.items())))
     if not accelerator.is_main_process:
@@ -1331,8 +1393,8 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
             tracker.log_images({"test" if final else "validation": pixels}, step=step, dataformats="NHWC")
         elif tracker.name in ("wandb", "trackio"):
             picture = importlib.import_module(tracker.name).Image
-            images = [picture(image, caption=args.validation_prompt) for image in images]
-            tracker.log({"test" if final else "validation": images}, step=step)
+            pictures = [picture(image, caption=args.validation_prompt) for image in images]
+            tracker.log({"test" if final else "validation": pictures}, step=step)
     return paths
 
 
@@ -1342,16 +1404,11 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
 def describe_result(args, repository):
     """Title and tags of the model card, the lines of its program that load the pipeline, and the files to upload."""
     options = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}
-    options |= absent_parts(args)
+    options |= {name: None for name in ("text_encoder_3", "tokenizer_3") if name not in read_pipeline(args)}
     base = ", ".join([repr(public_name(args)), *(f"{key}={options[key]!r}" for key in options)])
     usage = f"pipeline = StableDiffusion3Pipeline.from_pretrained({base}, torch_dtype=torch.bfloat16)\n"
     usage += f"pipeline.load_lora_weights({repository!r})\n"
     return f"SD3 DreamBooth LoRA - {repository}", ["lora", "template:sd-lora"], usage, [WEIGHTS]
-
-
-def absent_parts(args):
-    """Parts that diffusers has to be told not to expect, {name: None}: T5 and its tokenizer where there are none."""
-    return {name: None for name in ("text_encoder_3", "tokenizer_3") if name not in read_pipeline(args)}
 
 
 def public_name(args):
@@ -1404,6 +1461,7 @@ def write_card(args, accelerator, repository, step, image_paths):
     }
     if not Path(args.pretrained_model_name_or_path).is_dir():  # the Hub refuses a card whose base model is no id
         data |= {"base_model": base, "base_model_relation": "adapter" if "lora" in tags else "finetune"}
+    subject = f"Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
     card = f"""---
 {ModelCardData(**data).to_yaml()}
 ---
@@ -1412,7 +1470,7 @@ def write_card(args, accelerator, repository, step, image_paths):
 
 {"<Gallery />" if image_paths else ""}
 
-DreamBooth weights for {base} ({family}). Their subject is called `{args.instance_prompt}`.
+DreamBooth weights for {base} ({family}). {subject}
 
 ```py
 import torch
@@ -1431,7 +1489,7 @@ The base model's [licence]({licence}) holds for these weights.
     path = Path(args.output_dir, "README.md")
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     old, _, digest = text.rpartition(CARD_MARK)
-    if text and not digest.startswith(hashlib.sha256(old.encode()).hexdigest()):
+    if text and digest != f"{hashlib.sha256(old.encode()).hexdigest()} -->\n":
         log.warning(f"{path} is a person's: it is now {path.rename(path.with_suffix(f'.{time.time():.0f}.md'))}")
     path.write_text(f"{card}{CARD_MARK}{hashlib.sha256(card.encode()).hexdigest()} -->\n", encoding="utf-8")
 
@@ -1443,13 +1501,11 @@ def open_repository(args, accelerator):
     from huggingface_hub import auth_check, create_repo
 
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
-    try:
+    remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
+    with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
         private = args.hub_private_repo or None
         repository = create_repo(repository, private=private, exist_ok=True, token=args.hub_token).repo_id
         auth_check(repository, write=True, token=args.hub_token)  # create_repo passes over one that is not ours
-    except Exception as error:  # also those of whichever HTTP client the Hub's library uses
-        remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
-        refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written ({error}): {remedy}")
     return repository
 
 
@@ -1474,11 +1530,10 @@ def publish(args, accelerator, repository, step, image_paths, failed):
 def start_accelerator(args):
     """The accelerator with its trackers not yet started, and the folders that the run writes to."""
     for name in ("output_dir", "class_data_dir") if args.with_prior_preservation else ("output_dir",):
-        try:
-            Path(getattr(args, name)).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=getattr(args, name)).close()
-        except OSError as error:
-            refuse(f"--{name} {getattr(args, name)!r} cannot be written ({error}): give another folder")
+        folder = getattr(args, name)
+        with or_refuse(f"--{name} {folder!r} cannot be written: give another folder"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
     try:
         accelerator = Accelerator(
@@ -1522,7 +1577,8 @@ def claim_folder(args, accelerator, cleanup):
         lock.acquire(timeout=0)
     except Timeout:
         refuse(f"--output_dir {args.output_dir!r} belongs to a run that is going on: give another folder")
-    shutil.rmtree(encoded, ignore_errors=True)  # of a run that was killed
+    for left in (encoded, *Path(args.output_dir).glob(".checkpoint-*.partial")):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     cleanup.callback(lock.release)
     cleanup.callback(shutil.rmtree, encoded, ignore_errors=True)
 
@@ -1532,10 +1588,8 @@ def start_trackers(args, accelerator, run):
     config = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in run.items()}
     folder, run = str(Path(args.output_dir, args.logging_dir)), args.tracker_run_name
     options = {"wandb": {"dir": folder, "name": run}, "trackio": {"name": run}}
-    try:
+    with or_refuse(f"--report_to {args.report_to}: a tracker does not start: mend it or leave it out"):
         accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
-    except Exception as error:  # whatever its client raises
-        refuse(f"--report_to {args.report_to}: a tracker does not start ({error}): mend it or leave it out")
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -1580,7 +1634,7 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     Each encoder is freed before the next part is loaded: the memory of a run is that of its largest part, not of all.
     """
     prompts = {prompt for each in (dataset, held_out) if each for kind in each.prompts.values() for prompt in kind}
-    prompts |= {args.validation_prompt, ""} if args.validation_prompt else {""}
+    prompts |= {"", *filter(None, (args.validation_prompt, args.class_prompt))}
     embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
     embed.report_cut(sorted(prompts))
     embed.fill(parts, sorted(prompts))
@@ -1630,7 +1684,7 @@ def prepare_models(args, accelerator, trained, total):
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
-    average = training_utils.EMAModel(parameters, decay=args.ema_decay) if args.use_ema else None
+    average = training_utils.EMAModel([p.float() for p in parameters], decay=args.ema_decay) if args.use_ema else None
     return trained, parameters, optimizer, schedule, average
 
 
@@ -1698,7 +1752,7 @@ def end_run(args, accelerator, step, total, skipped, failed, stop):
     if stop:
         reasons = [f"{signal.Signals(stop).name} came at update {step}: --resume_from_checkpoint latest goes on"]
     if reasons and accelerator.is_main_process:
-        print(f"what was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
+        print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
     if reasons:
         sys.exit(128 + stop if stop else 1)
     log.info(f"The result is in {args.output_dir}")
@@ -1749,7 +1803,8 @@ def main(args):
         parts = read_pipeline(args)
         targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
-        step, args.seed = manifest.get("step", 0), choose_seed(args, manifest)
+        drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
+        step, args.seed = manifest.get("step", 0), manifest.get("seed", drawn) if args.seed is None else args.seed
 
         # The data: all of it is checked before anything is created, drawn or loaded. A dry run ends here.
         dataset, held_out = read_instances(args), read_held_out(args)
@@ -1783,8 +1838,8 @@ def main(args):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
                     moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
                     latents, noise, u = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
-                    embeds, pooled = embed(batch["prompts"])
-                    losses = flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled)
+                    with accelerator.autocast():  # a model of FSDP2 does not enter it by itself
+                        losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:

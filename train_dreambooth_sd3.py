@@ -60,7 +60,7 @@ from pathlib import Path
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
-WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap")
+WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
 
 def refuse(message):
@@ -68,6 +68,15 @@ def refuse(message):
     time.sleep(2 if int(os.environ.get("LOCAL_RANK", 0)) else 0)  # until the launcher has ended this one
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def or_refuse(what):
+    """Refuses in one line whatever a with block raises, for damaged files and absent servers may lead to anything."""
+    try:
+        yield
+    except Exception as error:
+        refuse(f"{what} ({type(error).__name__}: {error})")
 
 
 def boolean(text):
@@ -157,7 +166,12 @@ def add_training_flags(parser):
     add("--local_rank", type=int, default=-1, help="For old launchers; LOCAL_RANK in the environment wins.")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1.")
+    add(
+        "--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1; none: uniform."
+    )
+    add(
+        "--training_shift", type=POSITIVE, help="Shift of the training noise levels; unset: the scheduler's, 3 in SD3."
+    )
     add("--logit_mean", type=float, default=0.0, help="Mean of the logit-normal density.")
     add("--logit_std", type=POSITIVE, default=1.0, help="Standard deviation of the logit-normal density.")
     add("--mode_scale", type=float, default=1.29, help="Scale of the mode density.")
@@ -191,6 +205,9 @@ def add_output_flags(parser):
     add("--validation_data_dir", metavar="FOLDER", help="Held-out images: their loss at fixed noise is logged.")
     add("--num_validation_images", type=COUNT, default=4, help="How many images each time.")
     add("--validation_epochs", type=STEPS, default=50, help="Draw after epoch 0 and every so many epochs.")
+    add("--validation_num_inference_steps", type=COUNT, help="Denoising steps of these; unset: the pipeline's own.")
+    add("--validation_guidance_scale", type=AMOUNT, help="Their guidance; unset: the pipeline's own, 0 for Turbo.")
+    add("--skip_final_inference", action="store_true", help="Draw no images at the end.")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="sd3-dreambooth", metavar="FOLDER", help="Where everything is written.")
@@ -234,7 +251,7 @@ def check_input_flags(args):
     for name in ("class_data_dir", "class_prompt"):
         if args.with_prior_preservation and not getattr(args, name):
             refuse(f"--with_prior_preservation needs --{name}")
-        if getattr(args, name) and not args.with_prior_preservation:
+        if getattr(args, name) and not (args.with_prior_preservation or vars(args).get("output_preservation_weight")):
             print(f"--{name} has no effect without --with_prior_preservation", file=sys.stderr)
     if args.resolution % 16:
         near = round(args.resolution / 16) * 16
@@ -404,11 +421,8 @@ class DreamBoothDataset:
             pixels, size = self.load(kind, number)
             return size, zlib.crc32(pixels)
 
-        with ThreadPoolExecutor() as pool:
-            try:
-                return zip(*pool.map(inspect, range(len(images))), strict=True)
-            except ValueError as error:
-                refuse(f"{flag}: {error}")
+        with or_refuse(flag), ThreadPoolExecutor() as pool:
+            return zip(*pool.map(inspect, range(len(images))), strict=True)
 
     def load(self, kind, number, size=None):
         """Scaled pixels (H, W, 3) of an image, which stay in memory as long as there is room, and its crop's size."""
@@ -566,12 +580,10 @@ def load_rows(args, name):
 
 def read_dataset(args, flag, name, image_column, caption_column):
     """Images of a dataset, decoded when they are used, and a caption or None for each."""
-    try:
+    with or_refuse(f"{flag} {name!r} cannot be read"):
         from datasets import Image as ImageFeature
 
         rows = load_rows(args, name)
-    except Exception as error:  # the readers of its formats raise what they like
-        refuse(f"{flag} {name!r} cannot be read ({type(error).__name__}: {error.__cause__ or error})")
     for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column and column not in rows.column_names:
             refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
@@ -635,9 +647,9 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
 
     Refuses a part that cannot be read or whose weights do not fit its config. `kwargs` are from_pretrained's.
     """
-    model, variant = str(checkpoint or args.pretrained_model_name_or_path), None if checkpoint else args.variant
-    library, class_name = parts[name]
-    try:
+    (library, class_name), model = parts[name], str(checkpoint or args.pretrained_model_name_or_path)
+    variant = None if checkpoint else args.variant
+    with or_refuse(f"{name} of {model!r} cannot be loaded{f' in the variant {variant!r}' if variant else ''}"):
         part_class = getattr(importlib.import_module(library), class_name)
         if not hasattr(part_class, "parameters"):  # a tokenizer or the scheduler
             part = part_class.from_pretrained(model, **where(args, name))
@@ -653,9 +665,6 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
         if name == "vae" and part.config.shift_factor is None:
             raise ValueError("it has no shift_factor, so that it is no SD3's")
-    except Exception as error:  # the libraries raise what a damaged file leads them into
-        variant = f" in the variant {variant!r}" if variant else ""
-        refuse(f"{name} of {model!r}{variant} cannot be loaded ({type(error).__name__}: {error})")
     return part.requires_grad_(False).eval()
 
 
@@ -679,30 +688,31 @@ def read_transformer_config(args):
 
 
 def load_scheduler(args, parts, accelerator):
-    """The base's scheduler, with its tables of timesteps and sigmas on the device."""
+    """The base's scheduler, with the tables of timesteps and sigmas for training, (1000,) each, on the device."""
     scheduler = load_part(args, parts, "scheduler")
-    scheduler.timesteps = scheduler.timesteps.to(accelerator.device)
-    scheduler.sigmas = scheduler.sigmas.to(accelerator.device)
+    shift = {"shift": args.training_shift} if args.training_shift else {}  # its config, for drawing, keeps its own
+    tables = type(scheduler).from_config(scheduler.config, **shift)
+    scheduler.timesteps, scheduler.sigmas = (
+        tables.timesteps.to(accelerator.device),
+        tables.sigmas.to(accelerator.device),
+    )
     return scheduler
 
 
 def sketch_part(args, parts, name):
     """A model of the pipeline by its config alone, frozen, on the meta device: sizes without values."""
     (library, class_name), model = parts[name], args.pretrained_model_name_or_path
-    try:
+    with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
         part_class = getattr(importlib.import_module(library), class_name)
-        with torch.device("meta"):
-            if hasattr(part_class, "load_config"):
-                part = part_class.from_config(part_class.load_config(model, **where(args, name)))
-            else:
-                part = part_class(part_class.config_class.from_pretrained(model, **where(args, name)))
-    except Exception as error:  # a config of wrong types leads the libraries into any
-        refuse(f"{name} of {model!r} has a config that cannot be used ({type(error).__name__}: {error})")
+        if library == "diffusers":
+            part = part_class.from_config(part_class.load_config(model, **where(args, name)))
+        else:
+            part = part_class(part_class.config_class.from_pretrained(model, **where(args, name)))
     return part.requires_grad_(False)
 
 
 def choose_targets(args, parts, accelerator):
-    """Models that are trained, by their name in the pipeline, each of them whole; refuses flags that exclude others."""
+    """Models that are trained, by their name in the pipeline, each of them whole; refuses flags that exclude it."""
     names = [name for name in TEXT_ENCODERS if args.train_text_encoder and name in parts]
     if "text_encoder_3" in names and accelerator.mixed_precision == "fp16":
         refuse("--train_text_encoder: T5 overflows in fp16: take --mixed_precision bf16 or no, or --no_t5")
@@ -714,7 +724,8 @@ def choose_targets(args, parts, accelerator):
         alone = args.gradient_accumulation_steps == accelerator.num_processes == 1 and accelerator.scaler is None
         if not alone:
             refuse("--fused_backward_pass keeps no gradient: it needs accumulation 1, one process, and no fp16")
-        log.warning("--fused_backward_pass: --max_grad_norm has no effect, for no gradient is kept")
+        if math.isfinite(args.max_grad_norm):
+            log.warning("--fused_backward_pass: --max_grad_norm has no effect, for no gradient is kept")
     return dict.fromkeys(["transformer", *names])
 
 
@@ -875,12 +886,12 @@ def draw_latents(args, vae_config, moments, seeds, device):
     return latents, noise, torch.cat(u).to(moments.device)
 
 
-def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled):
-    """Rectified-flow loss of each image, (B,) in float32 (SD3 paper, section 2 and 3.1).
+def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled, target=None):
+    """Rectified-flow loss of each image, (B,) in float32, and the prediction (SD3 paper, sections 2 and 3.1).
 
     latents, noise (B, C, h, w) in float32; u (B,) in [0, 1]; embeds (B, S, D); pooled (B, P). The scheduler's tables
-    of timesteps and sigmas, (1000,) each, run from noisy to clean and lie on the latents' device; the base's shift
-    (3 in SD3, section 5.3.2) is already in them.
+    of timesteps and sigmas run from noisy to clean; the shift (section 5.3.2) is already in them. `target` is another
+    prediction, (B, C, h, w); unset: the data.
     """
     index = (u * len(scheduler.timesteps)).long().clamp(0, len(scheduler.timesteps) - 1)  # mode reaches u = 1
     sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
@@ -892,12 +903,17 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled)
         pooled_projections=pooled,
         return_dict=False,
     )[0].float()
+    prediction, truth = velocity, noise - latents
     if args.precondition_outputs:
-        prediction, target = noisy - sigma * velocity, latents
-    else:
-        prediction, target = velocity, noise - latents
+        prediction, truth = noisy - sigma * velocity, latents
+    error = prediction - (truth if target is None else target)
     weight = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
-    return (weight * (prediction - target) ** 2).flatten(1).mean(dim=1)
+    return (weight * error**2).flatten(1).mean(dim=1), prediction
+
+
+def batch_losses(args, transformer, scheduler, embed, prompts, latents, noise, u):
+    """Loss of each image of a batch, (B,)."""
+    return flow_losses(args, transformer, scheduler, latents, noise, u, *embed(prompts))[0]
 
 
 def mean_loss(args, losses):
@@ -946,6 +962,7 @@ def update_singly(args, optimizer, trained):
         for group, old in zip(self.param_groups, saved["param_groups"], strict=True):
             group.update({name: value for name, value in old.items() if name != "params"})
         for number, state in saved["state"].items():
+            state |= state.pop("__bnb_optimizer_quant_state__", {})  # bitsandbytes wraps what is not of one shape
             self.state[parameters[number]] = utils.send_to_device(state, parameters[number].device)
 
     def look(model, gradients):
@@ -1130,12 +1147,6 @@ def find_checkpoint(args):
     return None, {}
 
 
-def choose_seed(args, manifest):
-    """--seed, else the checkpoint's, else one that is drawn for all processes."""
-    drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
-    return manifest.get("seed", drawn) if args.seed is None else args.seed
-
-
 def compare_runs(accelerator, checkpoint, then, run):
     """Refuses to go on from a run whose weights or optimizer were others, and says what else has changed."""
     differ = {name: old for name, old in then.items() if name in run and run[name] != old}
@@ -1153,14 +1164,12 @@ def compare_runs(accelerator, checkpoint, then, run):
 
 def resume(accelerator, checkpoint, average, step, total):
     """Loads what goes with the weights of a checkpoint: state of the optimizer, schedule and scaler, the average."""
-    try:
+    with or_refuse(f"{checkpoint} cannot be loaded: take it away and resume from an older one"):
         accelerator.load_state(checkpoint)
         if average:
             state = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
             average.optimization_step = state.pop("step").item()
             average.shadow_params = [state[str(number)] for number in range(len(state))]
-    except Exception as error:  # a damaged file of the right size leads its reader into any
-        refuse(f"{checkpoint} cannot be loaded ({error}): take it away and resume from an older one")
     log.info(f"Resumed from {checkpoint}")
     if step >= total:
         log.warning(f"nothing is left to train: {checkpoint} has {step} updates, {total} are asked for")
@@ -1187,8 +1196,8 @@ def evaluation(models, parameters, average):
             model.train()
 
 
-def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
-    """PIL images of one prompt, one a seed, by the base pipeline with its own number of steps and guidance.
+def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, **options):
+    """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
     `prompt` and `empty` are embeds (1, S, D) and pooled embeds (1, P) of the prompt and of "". The VAE decodes in
     float32. Errors: ValueError for latents that are not finite; InterruptedError once `stop()` is true.
@@ -1212,6 +1221,7 @@ def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         callback_on_step_end=look,
         output_type="latent",
+        **options,
     ).images
     if pipeline.interrupt:
         raise InterruptedError("a signal has come")
@@ -1227,8 +1237,8 @@ def add_class_images(args, parts, accelerator, dataset):
     """Adds the class images to the dataset; those that --class_data_dir lacks are drawn into it before."""
     present = list_images(args.class_data_dir)
     taken = {path.name.split("-")[0] for path in present}  # an interrupted run, or a user, may have left gaps
-    free = [number for number in range(args.num_class_images) if str(number) not in taken]
-    numbers = free[: max(args.num_class_images - len(present), 0)]
+    lacking = max(args.num_class_images - len(present), 0)
+    numbers = [number for number in range(args.num_class_images) if str(number) not in taken][:lacking]
     accelerator.wait_for_everyone()  # nobody counts what another has already drawn
     if numbers:
         draw_class_images(args, parts, accelerator, numbers)
@@ -1250,11 +1260,8 @@ def draw_class_images(args, parts, accelerator, numbers):
     for first in tqdm(firsts, desc="Drawing class images", disable=not accelerator.is_main_process):
         batch = mine[first : first + args.sample_batch_size]
         seeds = [derive_seed(args.seed, "class drawing", number) for number in batch]
-        try:
-            with torch.no_grad():
-                images = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop=bool)
-        except ValueError as error:
-            refuse(f"--prior_generation_precision {dtype}: {error}")
+        with or_refuse(f"class images cannot be drawn in {dtype}, see --prior_generation_precision"), torch.no_grad():
+            images = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop=bool)
         for number, image in zip(batch, images, strict=True):
             name = f"{number}-{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
             save_image(image, Path(args.class_data_dir, name))
@@ -1279,7 +1286,7 @@ def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embe
             moments, text = example["data"][None].to(device), embed([example["prompt"]])
             latents, noise, _ = draw_latents(args, vae_config, moments, seeds, torch.device("cpu"))
             u = torch.full((1,), (level + 0.5) / 8, device=device)
-            losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text).item()
+            losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text)[0].item()
     losses = dict(utils.gather_object(list(losses.items())))
     return math.fsum(losses.values()) / len(losses)
 
@@ -1295,8 +1302,11 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
         if held_out:
             loss = measure_held_out(args, accelerator, transformer, vae.config, scheduler, embed, held_out)
             accelerator.log({"validation_loss": loss}, step=step)
-        if not args.validation_prompt:
+        if not args.validation_prompt or final and args.skip_final_inference:
             return []
+        drawing = {"num_inference_steps": args.validation_num_inference_steps}
+        drawing["guidance_scale"] = args.validation_guidance_scale
+        drawing = {name: value for name, value in drawing.items() if value is not None}
         texts, stop = (embed([args.validation_prompt]), embed([""])), lambda: read_signal(accelerator, caught)
         numbers = list(range(args.num_validation_images))
         with (
@@ -1304,7 +1314,7 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
             accelerator.split_between_processes(numbers, apply_padding=True) as mine,
         ):
             for n in mine:
-                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop)[0]
+                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop, **drawing)[0]
     training_utils.free_memory()
     images = dict(utils.gather_object(list(images.items())))
     if not accelerator.is_main_process:
@@ -1322,8 +1332,8 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
             tracker.log_images({"test" if final else "validation": pixels}, step=step, dataformats="NHWC")
         elif tracker.name in ("wandb", "trackio"):
             picture = importlib.import_module(tracker.name).Image
-            images = [picture(image, caption=args.validation_prompt) for image in images]
-            tracker.log({"test" if final else "validation": images}, step=step)
+            pictures = [picture(image, caption=args.validation_prompt) for image in images]
+            tracker.log({"test" if final else "validation": pictures}, step=step)
     return paths
 
 
@@ -1332,15 +1342,11 @@ def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, f
 
 def describe_result(args, repository):
     """Title and tags of the model card, the lines of its program that load the pipeline, and the files to upload."""
-    source = ", ".join([repr(repository), *(f"{name}=None" for name in absent_parts(args))])
+    absent = [f"{name}=None" for name in ("text_encoder_3", "tokenizer_3") if name not in read_pipeline(args)]
+    source = ", ".join([repr(repository), *absent])
     usage = f"pipeline = StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)\n"
     folders = [f"{name}/*" for name in ("transformer", "vae", "scheduler", "text_encoder*", "tokenizer*")]
     return f"SD3 DreamBooth - {repository}", [], usage, ["model_index.json", *folders]
-
-
-def absent_parts(args):
-    """Parts that diffusers has to be told not to expect, {name: None}: T5 and its tokenizer where there are none."""
-    return {name: None for name in ("text_encoder_3", "tokenizer_3") if name not in read_pipeline(args)}
 
 
 def public_name(args):
@@ -1393,6 +1399,7 @@ def write_card(args, accelerator, repository, step, image_paths):
     }
     if not Path(args.pretrained_model_name_or_path).is_dir():  # the Hub refuses a card whose base model is no id
         data |= {"base_model": base, "base_model_relation": "adapter" if "lora" in tags else "finetune"}
+    subject = f"Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
     card = f"""---
 {ModelCardData(**data).to_yaml()}
 ---
@@ -1401,7 +1408,7 @@ def write_card(args, accelerator, repository, step, image_paths):
 
 {"<Gallery />" if image_paths else ""}
 
-DreamBooth weights for {base} ({family}). Their subject is called `{args.instance_prompt}`.
+DreamBooth weights for {base} ({family}). {subject}
 
 ```py
 import torch
@@ -1420,7 +1427,7 @@ The base model's [licence]({licence}) holds for these weights.
     path = Path(args.output_dir, "README.md")
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     old, _, digest = text.rpartition(CARD_MARK)
-    if text and not digest.startswith(hashlib.sha256(old.encode()).hexdigest()):
+    if text and digest != f"{hashlib.sha256(old.encode()).hexdigest()} -->\n":
         log.warning(f"{path} is a person's: it is now {path.rename(path.with_suffix(f'.{time.time():.0f}.md'))}")
     path.write_text(f"{card}{CARD_MARK}{hashlib.sha256(card.encode()).hexdigest()} -->\n", encoding="utf-8")
 
@@ -1432,13 +1439,11 @@ def open_repository(args, accelerator):
     from huggingface_hub import auth_check, create_repo
 
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
-    try:
+    remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
+    with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
         private = args.hub_private_repo or None
         repository = create_repo(repository, private=private, exist_ok=True, token=args.hub_token).repo_id
         auth_check(repository, write=True, token=args.hub_token)  # create_repo passes over one that is not ours
-    except Exception as error:  # also those of whichever HTTP client the Hub's library uses
-        remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
-        refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written ({error}): {remedy}")
     return repository
 
 
@@ -1463,11 +1468,10 @@ def publish(args, accelerator, repository, step, image_paths, failed):
 def start_accelerator(args):
     """The accelerator with its trackers not yet started, and the folders that the run writes to."""
     for name in ("output_dir", "class_data_dir") if args.with_prior_preservation else ("output_dir",):
-        try:
-            Path(getattr(args, name)).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=getattr(args, name)).close()
-        except OSError as error:
-            refuse(f"--{name} {getattr(args, name)!r} cannot be written ({error}): give another folder")
+        folder = getattr(args, name)
+        with or_refuse(f"--{name} {folder!r} cannot be written: give another folder"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
     try:
         accelerator = Accelerator(
@@ -1511,7 +1515,8 @@ def claim_folder(args, accelerator, cleanup):
         lock.acquire(timeout=0)
     except Timeout:
         refuse(f"--output_dir {args.output_dir!r} belongs to a run that is going on: give another folder")
-    shutil.rmtree(encoded, ignore_errors=True)  # of a run that was killed
+    for left in (encoded, *Path(args.output_dir).glob(".checkpoint-*.partial")):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     cleanup.callback(lock.release)
     cleanup.callback(shutil.rmtree, encoded, ignore_errors=True)
 
@@ -1521,10 +1526,8 @@ def start_trackers(args, accelerator, run):
     config = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in run.items()}
     folder, run = str(Path(args.output_dir, args.logging_dir)), args.tracker_run_name
     options = {"wandb": {"dir": folder, "name": run}, "trackio": {"name": run}}
-    try:
+    with or_refuse(f"--report_to {args.report_to}: a tracker does not start: mend it or leave it out"):
         accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
-    except Exception as error:  # whatever its client raises
-        refuse(f"--report_to {args.report_to}: a tracker does not start ({error}): mend it or leave it out")
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -1569,7 +1572,7 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     Each encoder is freed before the next part is loaded: the memory of a run is that of its largest part, not of all.
     """
     prompts = {prompt for each in (dataset, held_out) if each for kind in each.prompts.values() for prompt in kind}
-    prompts |= {args.validation_prompt, ""} if args.validation_prompt else {""}
+    prompts |= {"", *filter(None, (args.validation_prompt, args.class_prompt))}
     embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
     embed.report_cut(sorted(prompts))
     embed.fill(parts, sorted(prompts))
@@ -1619,7 +1622,7 @@ def prepare_models(args, accelerator, trained, total):
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
-    average = training_utils.EMAModel(parameters, decay=args.ema_decay) if args.use_ema else None
+    average = training_utils.EMAModel([p.float() for p in parameters], decay=args.ema_decay) if args.use_ema else None
     return trained, parameters, optimizer, schedule, average
 
 
@@ -1687,7 +1690,7 @@ def end_run(args, accelerator, step, total, skipped, failed, stop):
     if stop:
         reasons = [f"{signal.Signals(stop).name} came at update {step}: --resume_from_checkpoint latest goes on"]
     if reasons and accelerator.is_main_process:
-        print(f"what was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
+        print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
     if reasons:
         sys.exit(128 + stop if stop else 1)
     log.info(f"The result is in {args.output_dir}")
@@ -1738,7 +1741,8 @@ def main(args):
         parts = read_pipeline(args)
         targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
-        step, args.seed = manifest.get("step", 0), choose_seed(args, manifest)
+        drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
+        step, args.seed = manifest.get("step", 0), manifest.get("seed", drawn) if args.seed is None else args.seed
 
         # The data: all of it is checked before anything is created, drawn or loaded. A dry run ends here.
         dataset, held_out = read_instances(args), read_held_out(args)
@@ -1772,8 +1776,8 @@ def main(args):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
                     moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
                     latents, noise, u = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
-                    embeds, pooled = embed(batch["prompts"])
-                    losses = flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled)
+                    with accelerator.autocast():  # a model of FSDP2 does not enter it by itself
+                        losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:
