@@ -5,14 +5,13 @@ A damaged part of the base model is named with the cause, wherever in a run it i
 
 import json
 import logging
-import os
 import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from accelerate import Accelerator
-from conftest import isolated, load_script
+from conftest import load_script
 from datasets import Dataset, DatasetDict
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
