@@ -1431,7 +1431,7 @@ def open_repository(args, accelerator):
 
 
 def publish(args, accelerator, repository, step, image_paths, failed):
-    """Gives the weights the umask's mode, writes the card, uploads this run's result alone; either may fail by itself."""
+    """Gives weights the umask's mode, writes the card and uploads this run's result; either may fail by itself."""
     if not accelerator.is_main_process:
         return
     os.umask(umask := os.umask(0o077))  # read by being set; safetensors writes files for their owner alone
@@ -1598,8 +1598,8 @@ def prepare_models(args, accelerator, trained, total):
     shape = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
     schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths, **shape)
     *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
-    if accelerator.distributed_type.value == "FSDP":  # accelerate has all others enter autocast by themselves
-        models[0].forward = accelerator.autocast()(models[0].forward)
+    for model in models if accelerator.distributed_type.value == "FSDP" else ():
+        model.forward = accelerator.autocast()(model.forward)  # accelerate does so in all other cases
     trained = dict(zip(trained, models, strict=True))
     # accelerate leaves the weights to save_weights and load_trained, which write and read them in the form users load.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
