@@ -653,8 +653,8 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
         part_class = getattr(importlib.import_module(library), class_name)
         if not hasattr(part_class, "parameters"):  # a tokenizer or the scheduler
             part = part_class.from_pretrained(model, **where(args, name))
-            if name in TOKENIZERS and len(part) < 100:
-                raise ValueError(f"its vocabulary has {len(part)} words: a file of it is missing")
+            if name in TOKENIZERS and part.unk_token_id in part("photo", add_special_tokens=False).input_ids:
+                raise ValueError("it knows no word: a file of it is missing")
             return part
         kwargs |= {"variant": variant, "output_loading_info": True, **where(args, name)}
         # Its constructor would compute a table of positions for seconds, only to read it from the file.
@@ -726,6 +726,7 @@ def choose_targets(args, parts, accelerator):
             refuse("--fused_backward_pass keeps no gradient: it needs accumulation 1, one process, and no fp16")
         if math.isfinite(args.max_grad_norm):
             log.warning("--fused_backward_pass: --max_grad_norm has no effect, for no gradient is kept")
+    sketch_part(args, parts, "transformer")  # a config that cannot be used is refused now
     return dict.fromkeys(["transformer", *names])
 
 
