@@ -146,7 +146,7 @@ def pin(monkeypatch, script):
     monkeypatch.setattr(LoraLayer, "reset_lora_parameters", start_adapters)
     monkeypatch.setattr(Accelerator, "backward", backward)
     monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(list_folder(path))))
-    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda module, states: states)  # T5 has some
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda states, *args, **kwargs: states)  # T5 has some
     monkeypatch.setattr(torch, "randperm", lambda count, **kwargs: torch.arange(count))
     if hasattr(script, "draw_latents"):
         monkeypatch.setattr(script, "draw_latents", latents_and_noise)

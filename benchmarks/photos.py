@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +63,7 @@ def main(args):
         take_photos(Path(work, "photos"), args.count)
         flags = ["--pretrained_model_name_or_path", build_checkpoint(Path(work, "model"), "tiny"), "--random_flip"]
         flags += ["--instance_data_dir", Path(work, "photos"), "--instance_prompt", "sks", "--seed", 0]
+        PartialState()  # of the scripts' log
         print("| px | scaled images | before the run | epoch 1 | epoch 2 | epoch 3 |\n|---|---|---|---|---|---|")
         kept = script.KEPT_BYTES
         for resolution in args.resolution:

@@ -36,7 +36,7 @@ def run_beside(script, argv, **flags):
     if not child:
         code = 1
         try:
-            os.dup2(writer, 2)
+            sys.stderr = os.fdopen(writer, "w", buffering=1)
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
             script.main(script.parse_args(argv(**flags)))

@@ -95,7 +95,7 @@ def test_preservation_starts_from_nothing_to_preserve(lora, run, tmp_path):
     losses = []
     for number, flags in enumerate(({}, KEPT)):
         with watch_updates(lora) as updates:
-            run(lora, **flags, train_batch_size=3, output_dir=tmp_path / str(number))
+            run(lora, **flags, learning_rate=1e-2, train_batch_size=3, output_dir=tmp_path / str(number))
         losses.append([update["loss"] for update in updates])
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] != losses[1][1]

@@ -160,7 +160,7 @@ def test_parts_that_a_newcomer_looks_for():
         "The dog example",
         "The ten flags that matter",
         "When it does not work",
-        "Prior preservation",
+        "Other dogs",
         "Text encoders",
         "Blocks and layers",
         "Data",

@@ -87,25 +87,25 @@ def test_validation(script, kind, run, events, train_text_encoder):
 
     # When, and from which seeds.
     updates, drawn = 0, Counter()
-    for kind, value in found:
-        updates += kind == "update"
-        if kind == "draw":
+    for what, value in found:
+        updates += what == "update"
+        if what == "draw":
             drawn[updates, *value] += 1
     seeds = [11, 12]
     assert drawn == {(step, seed): 1 for step in (2, 6) for seed in seeds}, "the last epoch's are those of the end"
 
     # Each part is loaded once, none for an image; the full script loads those it copies into the result once more.
-    names = [kind for kind, _ in found]
+    names = [what for what, _ in found]
     before, after = found[: names.index("trained")], found[names.index("saved") :]
     times = 1 if hasattr(script, "LORA_LAYERS") else 2
-    assert Counter(value for kind, value in before if kind == "load").most_common(1)[0][1] == times
+    assert Counter(value for what, value in before if what == "load").most_common(1)[0][1] == times
     during = found[names.index("update") : len(names) - 1 - names[::-1].index("update")]
-    assert not [value for kind, value in during + after if kind == "load"]
+    assert not [value for what, value in during + after if what == "load"]
 
     # Files.
     files = {path.name for path in (output / "validation").iterdir() if not path.name.endswith("grid.png")}
     assert len(list(output.glob("**/*grid.png"))) == 2
-    assert files == {f"step-{step:06d}-{number}.png" for number in [*range(IMAGES)] for step in [2]}
+    assert files == {f"step-000002-{number}.png" for number in range(IMAGES)}
     final = [pixels(output / f"image_{number}.png") for number in range(IMAGES)]
     first = [pixels(output / "validation" / f"step-000002-{number}.png") for number in range(IMAGES)]
     for row, images in (("image_grid.png", final), ("validation/step-000002-grid.png", first)):

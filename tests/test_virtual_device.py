@@ -21,7 +21,7 @@ PRIOR = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_im
 ALL = IMAGES | PRIOR | {"train_text_encoder": True, "use_ema": True, "gradient_checkpointing": True}
 ALL |= {"train_batch_size": 2, "gradient_accumulation_steps": 2, "captions": True, "caption_dropout": 0.3}
 FP16 = {"mixed_precision": "fp16", "waits": 2}  # the scaler asks by itself whether to step
-FUSED = {"fused_backward_pass": True, "max_grad_norm": "inf"}
+FUSED = {"fused_backward_pass": True, "max_grad_norm": "inf", "waits": 2}  # whether all is finite is asked before
 BF16_WEIGHTS = {"full_bf16": True, "mixed_precision": "bf16"}
 SMALL = IMAGES | {"gradient_checkpointing": True, "offload": True, "train_text_encoder": True}
 # Flags that a row leaves out: float32, two updates of one picture each. "runs" gives the lengths of the run and of
