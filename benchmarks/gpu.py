@@ -1,7 +1,12 @@
 #!/usr/bin/env python
 """Times LoRA and full training on random weights of real shapes: seconds an update, peak memory, share of the card.
 
-    python benchmarks/gpu.py --sizes sd3.5-medium sd3-medium --resolutions 512 1024
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --sizes sd3.5-medium sd3-medium --resolutions 512 1024 --ranks 4 128 0 --batches 1 3
+
+The first is SD3.5 Medium with LoRA of rank 128, batch 3, at 1024 px in bfloat16, of which figures of an H100 are
+published (SimpleTuner's): they stand in the last column. It builds its checkpoint, needs no network, and ends
+after --minutes whatever is left.
 
 The share is the model's floating-point operations of an update by its seconds, over the rate of an 8192 x 8192 matrix
 product in bfloat16 on the same card. Operations are those that an update cannot do without, counted by torch on the
@@ -14,9 +19,11 @@ Without a GPU the matrices are small and in float32, which shows the program on 
 import argparse
 import itertools
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import torch
 from checkpoints import SIZES, build_checkpoint, build_pictures
@@ -28,16 +35,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 TOKENS = 77 + 77  # of the CLIPs and of T5, at --max_sequence_length 77
+PUBLISHED = {
+    ("sd3.5-medium", 1024, 128, 3, "plain"): "0.529 s, 34.6 GiB",
+    ("sd3.5-medium", 1024, 128, 3, "checkpointing"): "0.721 s, 7.67 GiB",
+}
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", choices=SIZES, nargs="+", default=["sd3.5-medium", "sd3-medium"])
-    parser.add_argument("--resolutions", type=int, nargs="+", default=[512, 1024])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 128, 0], help="Of LoRA; 0 trains all weights.")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--ways", nargs="+", default=["plain", "checkpointing", "compile", "checkpointing+compile"])
+    parser.add_argument("--sizes", choices=SIZES, nargs="+", default=["sd3.5-medium"])
+    parser.add_argument("--resolutions", type=int, nargs="+", default=[1024])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[128], help="Of LoRA; 0 trains all weights.")
+    parser.add_argument("--batches", type=int, nargs="+", default=[3])
+    ways = ["plain", "checkpointing", "compile", "checkpointing+compile"]
+    parser.add_argument("--ways", choices=ways, nargs="+", default=ways)
     parser.add_argument("--updates", type=int, default=10, help="Updates that are timed.")
+    parser.add_argument("--minutes", type=float, default=8, help="When the program ends at the latest.")
     parser.add_argument("--work", help="Folder for the checkpoints, kept; unset: a temporary one.")
     return parser.parse_args(argv)
 
@@ -86,9 +99,10 @@ def settings(way):
 
 def main(args):
     work, gpu = Path(args.work or tempfile.mkdtemp(prefix="gpu-")), torch.cuda.is_available()
-    rate = matrix_rate()
+    rate, end = matrix_rate(), time.monotonic() + 60 * args.minutes
     print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}: a matrix product reaches {rate / 1e12:.3f} TFLOP/s\n")
-    print(f"| model | px | trained | batch | way | s/update | GiB | TFLOP | share |\n|{'---|' * 9}", flush=True)
+    print("| model | px | trained | batch | way | s/update | GiB | TFLOP | share | an H100 |")
+    print(f"|{'---|' * 10}", flush=True)
     runs = itertools.product(args.sizes, args.resolutions, args.ranks, args.batches, args.ways)
     for size, resolution, rank, batch, way in runs:
         model, pictures = build_checkpoint(work / size, size), build_pictures(work / f"{resolution}", resolution)
@@ -100,16 +114,20 @@ def main(args):
         more, environment = settings(way)
         row = f"| {size} | {resolution} | {f'LoRA {rank}' if rank else 'all'} | {batch} | {way} |"
         try:
-            found = measure(f"train_dreambooth_{'lora_' * bool(rank)}sd3", [*flags, *more], environment)
-        except RuntimeError as error:  # out of memory, most likely: the others go on
-            print(f"{row} {str(error).splitlines()[-1][:60]} | | | |", flush=True)
+            name = f"train_dreambooth_{'lora_' * bool(rank)}sd3"
+            found = measure(name, [*flags, *more], environment, max(end - time.monotonic(), 0))
+        except (RuntimeError, TimeoutExpired) as error:  # out of memory, most likely, or of time: the others go on
+            print(f"{row} {str(error).splitlines()[-1][-60:]} | | | | |", flush=True)
             continue
         operations = count_operations(
             SD3Transformer2DModel.load_config(model / "transformer"), resolution, rank, batch
         )
         share = operations / found["seconds"] / rate
         figures = f"{found['seconds']:.3f} | {found['training memory'] / 1024:.2f} | {operations / 1e12:.3g}"
-        print(f"{row} {figures} | {share:.1%} |", flush=True)
+        published = PUBLISHED.get((size, resolution, rank, batch, way), "")
+        print(f"{row} {figures} | {share:.1%} | {published} |", flush=True)
+    if not args.work:
+        shutil.rmtree(work)
 
 
 if __name__ == "__main__":

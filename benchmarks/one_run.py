@@ -50,10 +50,13 @@ def quantize_anywhere():
         getattr(bnb_quantizer, name).validate_environment = lambda *args, **kwargs: None
 
 
-def measure(script, flags, environment=None):
-    """Figures of a run in a process of its own. Errors: RuntimeError with the end of its output where it fails."""
+def measure(script, flags, environment=None, seconds=None):
+    """Figures of a run in a process of its own, which is ended after `seconds` with subprocess.TimeoutExpired.
+
+    Errors: RuntimeError with the end of its output where it fails.
+    """
     command = [sys.executable, __file__, script, *map(str, flags)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=seconds)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
