@@ -4,13 +4,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 CODE := train_dreambooth_sd3.py train_dreambooth_lora_sd3.py tests demo benchmarks
 
-.PHONY: demo test test-gpu check format
+.PHONY: demo test test-gpu test-oldest test-2025 golden check format
 
 demo: .venv/ready
 	$(BIN)/python demo/run.py
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# With the oldest versions that requirements_sd3.txt allows, and with those of the end of 2025.
+test-oldest test-2025: test-%: .venv-%/ready
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 -m oldest
+
+# Writes the losses and checkpoints that later versions are held against, where a change of them is meant.
+golden: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/golden.py
 
 # On the first card, or on the one that CUDA_VISIBLE_DEVICES names. cuBLAS has one result by this setting alone.
 test-gpu: .venv/ready
@@ -19,16 +27,24 @@ test-gpu: .venv/ready
 check: .venv/ready
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
+	$(BIN)/vulture
+	$(BIN)/codespell
 
 format: .venv/ready
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-.venv/ready: requirements_sd3.txt requirements_dev.txt tests/engines/requirements.txt
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.11 to 3.14, or name one: make PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 15) or sys.exit(f"Python 3.11 to 3.14 is needed, $(PYTHON) is {v[0]}.{v[1]}: name another with make PYTHON=...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements_sd3.txt -r requirements_dev.txt
-	$(BIN)/python -m pip check
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/deepspeed -r tests/engines/requirements.txt
-	@touch $@
+.venv/ready: constraints.txt requirements_sd3.txt requirements_dev.txt
+	$(environment)
+
+.venv-%/ready: constraints-%.txt requirements_sd3.txt requirements_dev.txt
+	$(environment)
+
+define environment
+@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.11 to 3.14, or name one: make PYTHON=..." >&2; exit 1; }
+@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 15) or sys.exit(f"Python 3.11 to 3.14 is needed, $(PYTHON) is {v[0]}.{v[1]}: name another with make PYTHON=...")'
+test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+$(@D)/bin/python -m pip install --quiet -r requirements_sd3.txt -r requirements_dev.txt -c $<
+$(@D)/bin/python -m pip check
+@touch $@
+endef

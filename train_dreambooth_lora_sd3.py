@@ -48,9 +48,7 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -136,8 +134,7 @@ def add_input_flags(parser):
     add("--num_class_images", type=COUNT, default=100, help="How many class images there have to be.")
     add("--prior_loss_weight", type=AMOUNT, default=1.0, help="Weight of the class images' loss.")
     add("--sample_batch_size", type=COUNT, default=4, help="Batch a process when class images are generated.")
-    precisions = ("no", "fp32", "fp16", "bf16")
-    add("--prior_generation_precision", choices=precisions, help="Of class images; unset: that of the run.")
+    add("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="Unset: that of the run.")
 
 
 def add_method_flags(parser):
@@ -152,13 +149,8 @@ def add_method_flags(parser):
     add("--lora_blocks", metavar="NUMBERS", help="Blocks that get adapters, such as 0,3 or 12-24; unset: all.")
     add("--upcast_before_saving", action="store_true", help="Save the final adapters in float32.")
     add("--bnb_quantization_config_path", metavar="FILE", help="BitsAndBytesConfig of a base in 8 or 4 bit; on a GPU.")
-    add(
-        "--init_lora",
-        metavar="PATH",
-        help="Start from the adapters of this file or folder, of the same layers and rank.",
-    )
-    preserved = "Weight of drawing --class_prompt as without adapters: preservation that needs no class images."
-    add("--output_preservation_weight", type=AMOUNT, default=0.0, help=preserved)
+    add("--init_lora", metavar="PATH", help="Adapters to start from, a file or a folder, of the same layers and rank.")
+    add("--output_preservation_weight", type=AMOUNT, default=0.0, help="Weight of drawing --class_prompt as before.")
     parser.set_defaults(tracker_project_name="dreambooth-sd3-lora")
 
 
@@ -177,15 +169,11 @@ def add_training_flags(parser):
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Unset: as accelerate was configured.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later.")
     add("--seed", type=in_range(int, 0, 2**32), help="Of all draws; unset: one is drawn and kept in checkpoints.")
-    add("--local_rank", type=int, default=-1, help="For old launchers; LOCAL_RANK in the environment wins.")
+    add("--local_rank", type=int, default=-1, help="Given by old launchers; LOCAL_RANK in the environment counts.")
 
     add = parser.add_argument_group("loss").add_argument
-    add(
-        "--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, section 3.1; none: uniform."
-    )
-    add(
-        "--training_shift", type=POSITIVE, help="Shift of the training noise levels; unset: the scheduler's, 3 in SD3."
-    )
+    add("--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, 3.1; none: uniform.")
+    add("--training_shift", type=POSITIVE, help="Shift of the noise levels; unset: the scheduler's, 3 in SD3.")
     add("--logit_mean", type=float, default=0.0, help="Mean of the logit-normal density.")
     add("--logit_std", type=POSITIVE, default=1.0, help="Standard deviation of the logit-normal density.")
     add("--mode_scale", type=float, default=1.29, help="Scale of the mode density.")
@@ -258,9 +246,11 @@ def check_input_flags(args):
     """Refuses input flags that contradict each other and folders that are not there."""
     if bool(args.dataset_name) == bool(args.instance_data_dir):
         refuse("--dataset_name, --instance_data_dir: give exactly one of the two")
-    for name in ("instance_data_dir", "validation_data_dir"):
+    for name in ("instance_data_dir", "validation_data_dir", "class_data_dir"):
         folder = getattr(args, name)
-        if folder and not Path(folder).is_dir():
+        if folder and Path(folder).resolve() == Path(args.output_dir).resolve():
+            refuse(f"--{name} is --output_dir {args.output_dir!r}: the next run would train on what this one draws")
+        if folder and name != "class_data_dir" and not Path(folder).is_dir():
             refuse(f"--{name} {folder!r} is not a folder: give the folder with the images")
     for name in ("class_data_dir", "class_prompt"):
         if args.with_prior_preservation and not getattr(args, name):
@@ -279,13 +269,9 @@ def check_input_flags(args):
 def parse_args(argv=None):
     """Flags of a run. Errors: SystemExit with code 2 and one line for flags that are wrong or contradictory."""
     args = build_parser().parse_args(argv)
-    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
-    check_input_flags(args)
     if not args.output_dir:
         refuse("--output_dir is empty: give the folder to write to")
-    for name in ("instance_data_dir", "class_data_dir", "validation_data_dir"):
-        if getattr(args, name) and Path(getattr(args, name)).resolve() == Path(args.output_dir).resolve():
-            refuse(f"--{name} is --output_dir {args.output_dir!r}: the next run would train on what this one draws")
+    check_input_flags(args)
     for name in ("logging_dir", "tracker_run_name"):
         if os.path.normpath(getattr(args, name) or "logs").startswith((".", os.sep)):
             refuse(f"--{name} {getattr(args, name)!r} leads out of --output_dir: give a name, such as logs")
@@ -311,6 +297,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchv
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars: those of one process will do
 
+import huggingface_hub
 import numpy as np
 import torch
 from accelerate import Accelerator, utils
@@ -320,7 +307,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
-from huggingface_hub import ModelCardData
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -352,10 +340,10 @@ def open_image(source, reach, number):
     EXIF rotation applied, 16 bits scaled to 8, transparent parts on white. Photos are decoded no larger than it takes
     to cover `reach` pixels a side, which is several times faster. Errors: ValueError that names the image.
     """
-    name = source["path"] if isinstance(source, dict) else None if isinstance(source, bytes) else source
+    path = source if isinstance(source, str | Path) else None
+    if isinstance(source, dict):
+        path, source = source["path"], source["bytes"] or source["path"]
     try:
-        if isinstance(source, dict):
-            source = source["bytes"] or source["path"]
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.draft(None, (reach, reach))
             image = ImageOps.exif_transpose(image)
@@ -366,7 +354,7 @@ def open_image(source, reach, number):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # PIL's readers raise whatever a damaged file leads them into
-        name = repr(str(name)[:200]) if name else f"of row {number}"
+        name = repr(str(path)[:200]) if path else f"of row {number}"
         raise ValueError(f"the image {name} cannot be read ({error}): repair or remove it") from error
 
 
@@ -416,12 +404,12 @@ class DreamBoothDataset:
 
     def __init__(self, args, flag, images, captions):
         self.args, self.buckets, self.images, self.prompts = args, list_buckets(args), {}, {}
-        self.sizes, self.moments, self.scaled, self.kept_bytes = [], None, {}, 0
+        self.moments, self.scaled, self.kept_bytes = None, {}, 0
         prompts = [" ".join(str(caption or "").split()) or args.instance_prompt for caption in captions]
         if None in prompts:
             refuse(f"{flag}: {prompts.count(None)} of {len(prompts)} images have no caption: give --instance_prompt")
         self.sizes, checksums = self.add_images("instance", flag, images, prompts)
-        self.digest = zlib.crc32(repr((prompts, checksums)).encode())
+        self.digest = derive_seed(prompts, checksums)
         bare, sizes = prompts.count(args.instance_prompt), dict(Counter(self.sizes))
         log.info(f"{flag}: {len(images)} images, {bare} with --instance_prompt; (height, width): {sizes}")
 
@@ -433,7 +421,7 @@ class DreamBoothDataset:
 
         def inspect(number):
             pixels, size = self.load(kind, number)
-            return size, zlib.crc32(pixels)
+            return size, hashlib.sha256(pixels).hexdigest()
 
         with or_refuse(flag), ThreadPoolExecutor() as pool:
             return zip(*pool.map(inspect, range(len(images))), strict=True)
@@ -525,10 +513,7 @@ def collate(items):
 
 
 class TensorFolder:
-    """Dicts of tensors by key, a safetensors file each: ten thousand captions are up to 50 GB for the transformer.
-
-    All processes see what each has written, since the key alone says where it is.
-    """
+    """Dicts of tensors by key, a safetensors file each, which all processes find: 10,000 captions are up to 50 GB."""
 
     def __init__(self, args, name):
         self.folder = Path(args.output_dir, ENCODED, name)
@@ -550,10 +535,7 @@ class TensorFolder:
 
 
 def read_folder(args, flag, folder):
-    """Images of a folder and a caption or None for each, from a .txt or .caption beside it.
-
-    A folder with a metadata file is read by the datasets library. What else lies there is named.
-    """
+    """Images of a folder and a caption or None for each, from the files beside them or by the datasets library."""
     if any(Path(folder).glob("metadata.*")):
         return read_dataset(args, flag, folder, "image", args.caption_column or "text")
     images, captions = list_images(folder), []
@@ -562,11 +544,9 @@ def read_folder(args, flag, folder):
         where = f"it has none itself, but {deeper} has" if deeper else "it has none"
         refuse(f"{flag} {folder!r}: {where}: give a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files")
     for image in images:
-        beside = [path for path in map(image.with_suffix, CAPTION_SUFFIXES) if path.is_file()]
-        try:
-            captions.append(beside[0].read_text(encoding="utf-8-sig") if beside else None)
-        except (OSError, ValueError) as error:
-            refuse(f"{beside[0]} is not UTF-8 text: {error}")
+        beside = next((path for path in map(image.with_suffix, CAPTION_SUFFIXES) if path.is_file()), None)
+        with or_refuse(f"{beside} is not UTF-8 text: save it as such"):
+            captions.append(beside.read_text(encoding="utf-8-sig") if beside else None)
     used = {path.with_suffix(suffix).name for path in images for suffix in (path.suffix, *CAPTION_SUFFIXES)}
     others = sorted({path.name for path in Path(folder).iterdir()} - used)
     if others:
@@ -574,37 +554,32 @@ def read_folder(args, flag, folder):
     return images, captions
 
 
-def load_rows(args, name):
-    """Rows of a dataset: a folder that one was saved to, a file, a folder of files or images, or a Hub id."""
-    from datasets import load_dataset, load_from_disk
-
-    path, options = Path(name), {"split": args.dataset_split, "cache_dir": args.cache_dir}
-    if Path(path, "state.json").is_file() or Path(path, "dataset_dict.json").is_file():
-        rows = load_from_disk(name)
-        splits = rows if isinstance(rows, dict) else {str(rows.split): rows, "train": rows}
-        if args.dataset_split not in splits:
-            raise ValueError(f"--dataset_split {args.dataset_split!r} is not in it, but {', '.join(splits)}")
-        return splits[args.dataset_split]
-    if any(path.glob("metadata.*")):
-        return load_dataset("imagefolder", data_dir=name, **options)
-    if path.is_file():
-        return load_dataset({".jsonl": "json"}.get(path.suffix, path.suffix[1:]), data_files=name, **options)
-    return load_dataset(name, args.dataset_config_name, **options)
-
-
 def read_dataset(args, flag, name, image_column, caption_column):
-    """Images of a dataset, decoded when they are used, and a caption or None for each."""
+    """Images of a dataset, a path or a Hub id, decoded when they are used, and a caption or None for each."""
+    path, options = Path(name), {"split": args.dataset_split, "cache_dir": args.cache_dir}
     with or_refuse(f"{flag} {name!r} cannot be read"):
-        from datasets import Image as ImageFeature
+        import datasets
 
-        rows = load_rows(args, name)
+        if Path(path, "state.json").is_file() or Path(path, "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(name)
+            splits = saved if isinstance(saved, dict) else {str(saved.split): saved, "train": saved}
+            if args.dataset_split not in splits:
+                raise ValueError(f"--dataset_split {args.dataset_split!r} is not in it, but {', '.join(splits)}")
+            rows = splits[args.dataset_split]
+        elif any(path.glob("metadata.*")):
+            rows = datasets.load_dataset("imagefolder", data_dir=name, **options)
+        elif path.is_file():
+            form = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
+            rows = datasets.load_dataset(form, data_files=name, **options)
+        else:
+            rows = datasets.load_dataset(name, args.dataset_config_name, **options)
     for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column and column not in rows.column_names:
             refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
     captions = rows[caption_column][:] if caption_column else [None] * len(rows)
-    if isinstance(rows.features[image_column], ImageFeature):
-        return rows.cast_column(image_column, ImageFeature(decode=False))[image_column], captions
-    beside = Path(name).parent if Path(name).is_file() else Path()  # paths are relative to the file they stand in
+    if isinstance(rows.features[image_column], datasets.Image):
+        return rows.cast_column(image_column, datasets.Image(decode=False))[image_column], captions
+    beside = path.parent if path.is_file() else Path()  # paths are relative to the file they stand in
     images = [row if not isinstance(row, str) or "://" in row else str(beside / row) for row in rows[image_column]]
     return images, captions
 
@@ -651,16 +626,13 @@ def read_pipeline(args):
     for name in needed | parts:
         library, class_name = parts.get(name, ("nothing", ""))
         if library not in ("diffusers", "transformers") or needed.get(name, "") not in class_name:
-            found = f"{library} {class_name}".strip()
-            refuse(f"--pretrained_model_name_or_path {model!r} is no SD3 pipeline: its {name} is {found}")
+            found = f"its {name} is {library} {class_name}"
+            refuse(f"--pretrained_model_name_or_path {model!r} is no SD3 pipeline: {found}")
     return parts
 
 
 def load_part(args, parts, name, checkpoint=None, **kwargs):
-    """One part of the base pipeline, or of a checkpoint, by its name there; a model is frozen.
-
-    Refuses a part that cannot be read or whose weights do not fit its config. `kwargs` are from_pretrained's.
-    """
+    """One part of the base pipeline or of a checkpoint, refused if it is damaged; a model is frozen."""
     (library, class_name), model = parts[name], str(checkpoint or args.pretrained_model_name_or_path)
     variant = None if checkpoint else args.variant
     with or_refuse(f"{name} of {model!r} cannot be loaded{f' in the variant {variant!r}' if variant else ''}"):
@@ -671,9 +643,7 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
                 raise ValueError(f"its vocabulary has {len(part)} words: a file of it is missing")
             return part
         kwargs |= {"variant": variant, "output_loading_info": True, **where(args, name)}
-        # Its constructor would compute a table of positions for seconds, only to read it from the file.
-        with torch.device("meta") if name == "transformer" else contextlib.nullcontext():
-            part, found = part_class.from_pretrained(model, **kwargs)
+        part, found = part_class.from_pretrained(model, **kwargs)
         odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if odd and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
@@ -706,10 +676,8 @@ def load_scheduler(args, parts, accelerator):
     scheduler = load_part(args, parts, "scheduler")
     shift = {"shift": args.training_shift} if args.training_shift else {}  # its config, for drawing, keeps its own
     tables = type(scheduler).from_config(scheduler.config, **shift)
-    scheduler.timesteps, scheduler.sigmas = (
-        tables.timesteps.to(accelerator.device),
-        tables.sigmas.to(accelerator.device),
-    )
+    scheduler.timesteps = tables.timesteps.to(accelerator.device)
+    scheduler.sigmas = tables.sigmas.to(accelerator.device)
     return scheduler
 
 
@@ -733,10 +701,11 @@ def read_quantization(args, dtype=None):
     """BitsAndBytesConfig of --bnb_quantization_config_path, or None; refuses a file that does not fit."""
     if not args.bnb_quantization_config_path:
         return None
-    from diffusers import BitsAndBytesConfig
-    from diffusers.quantizers import DiffusersAutoQuantizer
+    remedy = 'give a JSON file with fields of a BitsAndBytesConfig, such as {"load_in_4bit": true}, on a GPU'
+    with or_refuse(f"--bnb_quantization_config_path {args.bnb_quantization_config_path!r}: {remedy}"):
+        from diffusers import BitsAndBytesConfig
+        from diffusers.quantizers import DiffusersAutoQuantizer
 
-    try:
         fields = json.loads(Path(args.bnb_quantization_config_path).read_text())
         if unknown := set(fields) - set(BitsAndBytesConfig().to_dict()):
             raise ValueError(f"unknown: {', '.join(sorted(map(str, unknown)))}")
@@ -744,9 +713,6 @@ def read_quantization(args, dtype=None):
         if not config.quantization_method():
             raise ValueError("neither load_in_8bit nor load_in_4bit, in fp4 or nf4")
         DiffusersAutoQuantizer.from_config(config).validate_environment()
-    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        remedy = 'give a JSON file with fields of a BitsAndBytesConfig, such as {"load_in_4bit": true}, on a GPU'
-        refuse(f"--bnb_quantization_config_path {args.bnb_quantization_config_path!r}: {error}: {remedy}")
     return config
 
 
@@ -792,18 +758,9 @@ def choose_targets(args, parts, accelerator):
 
 def make_trainable(args, model, layers):
     """Gives a frozen model adapters on its layers, in float32."""
-    from peft import LoraConfig
-
-    config = LoraConfig(
-        r=args.rank,
-        lora_alpha=args.lora_alpha or args.rank,
-        lora_dropout=args.lora_dropout,
-        use_rslora=args.use_rslora,
-        use_dora=args.use_dora,
-        init_lora_weights="gaussian",
-        target_modules=layers,
-    )
-    model.add_adapter(config)
+    kind = {"use_rslora": args.use_rslora, "use_dora": args.use_dora, "lora_dropout": args.lora_dropout}
+    rank = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank}
+    model.add_adapter(LoraConfig(**rank, **kind, init_lora_weights="gaussian", target_modules=layers))
     training_utils.cast_training_params(model, torch.float32)
 
 
@@ -815,8 +772,6 @@ def adapter_scale(model):
 
 def read_adapters(args, checkpoint, name, model):
     """Weights of a model's adapters, from a checkpoint or --init_lora; of other layers or rank they are refused."""
-    from peft import get_peft_model_state_dict
-
     source, own = checkpoint or args.init_lora, get_peft_model_state_dict(model, save_embedding_layers=False)
     with or_refuse(f"the adapters in {str(source)!r} cannot be read"):
         state = StableDiffusion3Pipeline.lora_state_dict(str(source))
@@ -832,8 +787,6 @@ def read_adapters(args, checkpoint, name, model):
 
 def load_trained(args, parts, accelerator, targets, checkpoint):
     """The models of `targets` in the frozen dtype, with float32 adapters on their layers: new, or read from a file."""
-    from peft import set_peft_model_state_dict
-
     torch.manual_seed(args.seed)
     trained, dtype = {}, frozen_dtype(accelerator)
     for name, layers in targets.items():
@@ -860,11 +813,16 @@ class PromptTable:
     """Embeds of prompts: looked up for frozen encoders, gone once the table is full; `trained` ones are called."""
 
     def __init__(self, args, parts, accelerator, dtype, targets=()):
-        self.args, self.accelerator, self.dtype, self.trained, self.recent = args, accelerator, dtype, {}, {}
+        self.args, self.accelerator, self.dtype, self.trained = args, accelerator, dtype, {}
         self.width = read_transformer_config(args)["joint_attention_dim"]
         present = [(e, t) for e, t in zip(TEXT_ENCODERS, TOKENIZERS, strict=True) if e in parts]
         self.tokenizers = {encoder: load_part(args, parts, tokenizer) for encoder, tokenizer in present}
-        self.tables = {e: TensorFolder(args, f"{e} {dtype}") for e in self.tokenizers if e not in targets}
+        if "text_encoder_3" in self.tokenizers:
+            self.tokenizers["text_encoder_3"].model_max_length = args.max_sequence_length
+        tables = self.tables = {e: TensorFolder(args, f"{e} {dtype}") for e in self.tokenizers if e not in targets}
+        send = functools.partial(utils.send_to_device, device=accelerator.device)
+        # What was read last stays on the device. The cache knows `tables`, not self, so that it goes with this table.
+        self.look_up = functools.lru_cache(64)(lambda name, prompt: send(tables[name][prompt]))
 
     def fill(self, parts, prompts):
         """Encodes each prompt once with each frozen encoder, the processes sharing the work, one encoder at a time."""
@@ -876,40 +834,25 @@ class PromptTable:
             del encoder, encode
             training_utils.free_memory()
 
-    def length(self, name):
-        """Tokens that an encoder reads."""
-        return self.args.max_sequence_length if name == "text_encoder_3" else self.tokenizers[name].model_max_length
-
     def report_cut(self, prompts):
         """Names the prompts that CLIP or T5 reads only in part, ten at most, with the words that are lost."""
         cut = {}
         for name in self.tokenizers.keys() & {"text_encoder", "text_encoder_3"}:
-            tokenizer, length = self.tokenizers[name], self.length(name)
+            tokenizer, reader = self.tokenizers[name], "T5" if name == "text_encoder_3" else "CLIP"
             for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
-                if len(ids) > length:
-                    reader = "T5" if name == "text_encoder_3" else "CLIP"
-                    cut.setdefault(prompt, []).append(f"{reader} loses {tokenizer.decode(ids[length - 1 : -1])!r}")
+                if lost := ids[tokenizer.model_max_length - 1 : -1]:
+                    cut.setdefault(prompt, []).append(f"{reader} loses {tokenizer.decode(lost)!r}")
         for prompt in list(cut)[:10]:
             log.warning(f"the prompt {prompt[:60]!r} is too long: {', '.join(cut[prompt])}")
         log.info(f"{len(prompts)} different prompts, {len(cut)} of them cut")
 
     def encode(self, prompts, encoder, name):
         """One encoder's part of the text: states (B, tokens, width) and, of a CLIP, the pooled output (B, width)."""
-        padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        ids = self.tokenizers[name](prompts, max_length=self.length(name), **padded).input_ids
+        ids = self.tokenizers[name](prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         output = encoder(ids.to(self.accelerator.device), output_hidden_states=True)
         if name == "text_encoder_3":
             return {"states": output[0]}
         return {"states": output.hidden_states[-2], "pooled": output.text_embeds}
-
-    def look_up(self, name, prompt):
-        """A frozen encoder's part of the text of one prompt; those of the last prompts stay on the device."""
-        if (name, prompt) not in self.recent:
-            if len(self.recent) >= 64:
-                del self.recent[next(iter(self.recent))]
-            stored, device = self.tables[name][prompt], self.accelerator.device
-            self.recent[name, prompt] = {part: tensor.to(device) for part, tensor in stored.items()}
-        return self.recent[name, prompt]
 
     def __call__(self, prompts):
         """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts.
@@ -940,9 +883,11 @@ def on_loan(vae, device):
     """Has the VAE on the device in a with block; its weights stay on the CPU as well, so none is copied back."""
     waiting = [(parameter, parameter.data) for parameter in vae.parameters()]
     vae.to(device)
-    yield
-    for parameter, weight in waiting:
-        parameter.data = weight
+    try:
+        yield
+    finally:
+        for parameter, weight in waiting:
+            parameter.data = weight
 
 
 def encode_moments(vae, pixels):
@@ -995,13 +940,9 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled,
     index = (u * len(scheduler.timesteps)).long().clamp(0, len(scheduler.timesteps) - 1)  # mode reaches u = 1
     sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
     noisy = (1 - sigma) * latents + sigma * noise
-    velocity = transformer(  # under autocast: half precision inside, float32 in and out
-        hidden_states=noisy,
-        timestep=scheduler.timesteps[index],
-        encoder_hidden_states=embeds,
-        pooled_projections=pooled,
-        return_dict=False,
-    )[0].float()
+    rest = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "return_dict": False}
+    # Under autocast, which is half precision inside and float32 in and out.
+    velocity = transformer(hidden_states=noisy, timestep=scheduler.timesteps[index], **rest)[0].float()
     prediction, truth = velocity, noise - latents
     if args.precondition_outputs:
         prediction, truth = noisy - sigma * velocity, latents
@@ -1011,20 +952,12 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled,
 
 
 def batch_losses(args, transformer, scheduler, embed, prompts, latents, noise, u):
-    """Loss of each image of a batch, (B,), and of preservation, if it is asked for.
-
-    That is the distance to what the model without adapters predicts for --class_prompt on the same noisy latents.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    """Loss of each image, (B,), and of preservation: how far --class_prompt is from what the base model predicts."""
     losses = functools.partial(flow_losses, args, transformer, scheduler, latents, noise, u)
     if not args.output_preservation_weight:
         return losses(*embed(prompts))[0]
-    adapters = [module for model in embed.trained.values() for module in model.modules()]
-    adapters, kept = (
-        [module for module in adapters if isinstance(module, BaseTunerLayer)],
-        [args.class_prompt] * len(u),
-    )
+    modules = [module for model in embed.trained.values() for module in model.modules()]
+    adapters, kept = [each for each in modules if isinstance(each, BaseTunerLayer)], [args.class_prompt] * len(u)
     for module in adapters:
         module.enable_adapters(False)
     with torch.no_grad():
@@ -1061,14 +994,8 @@ def make_optimizer(args, accelerator, trained):
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        return Prodigy(
-            groups,
-            **shared,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
+        own = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+        return Prodigy(groups, **shared, **{name: getattr(args, f"prodigy_{name}") for name in own})
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
@@ -1096,8 +1023,6 @@ def save_weights(args, accelerator, trained, folder, final=False):
     In the final one their scale, alpha / rank, is multiplied into lora_B, so that every loader applies them with the
     strength of training: many know no header. A checkpoint has the raw weights.
     """
-    from peft import get_peft_model_state_dict
-
     layers, dtype = {}, torch.float32
     if final and not args.upcast_before_saving:
         dtype = frozen_dtype(accelerator)
@@ -1114,6 +1039,7 @@ def save_weights(args, accelerator, trained, folder, final=False):
         layers[f"{name}_lora_layers"] = {key: value.to(dtype) for key, value in state.items()}
     if accelerator.is_main_process:
         StableDiffusion3Pipeline.save_lora_weights(folder, **layers)
+    accelerator.wait_for_everyone()
 
 
 def describe_run(args, accelerator, dataset):
@@ -1132,7 +1058,6 @@ def save_checkpoint(args, accelerator, trained, average, run, step):
     try:
         accelerator.save_state(partial)
         save_weights(args, accelerator, trained, partial)
-        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             complete_checkpoint(args, run, average, step, partial)
     except BaseException:
@@ -1177,7 +1102,7 @@ def read_manifest(folder):
     try:
         manifest = json.loads(Path(folder, MANIFEST).read_text())
         if manifest.get("format") != FORMAT:
-            raise ValueError(f"its format is {manifest.get('format')}, not {FORMAT}: use the script that wrote it")
+            refuse(f"{folder}: its format is {manifest.get('format')}, not {FORMAT}: use the script that wrote it")
         for name, size in manifest["files"].items():
             if Path(folder, name).stat().st_size != size:
                 raise ValueError(f"{name} has {Path(folder, name).stat().st_size} bytes, not {size}")
@@ -1190,21 +1115,20 @@ def read_manifest(folder):
 def find_checkpoint(args):
     """Folder and manifest of --resume_from_checkpoint, or (None, {}) where training starts anew."""
     wanted, present = args.resume_from_checkpoint, list(list_checkpoints(args.output_dir).values())
-    if not wanted:
-        if present and not args.dry_run:
-            found = f"--output_dir {args.output_dir!r} has {present[0].name} of an earlier run"
-            refuse(f"{found}: add --resume_from_checkpoint latest, give another folder, or take the checkpoints away")
-        return None, {}
-    if wanted != "latest":
+    if present and not wanted and not args.dry_run:
+        found = f"--output_dir {args.output_dir!r} has {present[0].name} of an earlier run"
+        refuse(f"{found}: add --resume_from_checkpoint latest, give another folder, or take the checkpoints away")
+    if wanted and wanted != "latest":
         present = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
-    for folder in present:
+    for folder in present if wanted else ():
         try:
             return folder, read_manifest(folder)
         except ValueError as error:
             log.warning(f"passed over: {error}")
-    if wanted != "latest":
+    if wanted == "latest":
+        log.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, training starts anew")
+    elif wanted:
         refuse(f"--resume_from_checkpoint {wanted!r}: no whole checkpoint, neither here nor in {args.output_dir!r}")
-    log.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, training starts anew")
     return None, {}
 
 
@@ -1269,7 +1193,8 @@ def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, *
     pipeline.set_progress_bar_config(disable=True)
 
     def look(pipeline, number, timestep, tensors):
-        pipeline._interrupt = bool(stop())  # what diffusers documents for leaving a pipeline early
+        if stop():
+            raise InterruptedError("a signal has come")
         return tensors
 
     latents = pipeline(
@@ -1284,8 +1209,6 @@ def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, *
         output_type="latent",
         **options,
     ).images
-    if pipeline.interrupt:
-        raise InterruptedError("a signal has come")
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
@@ -1303,7 +1226,7 @@ def add_class_images(args, parts, accelerator, dataset):
     accelerator.wait_for_everyone()  # nobody counts what another has already drawn
     if numbers:
         draw_class_images(args, parts, accelerator, numbers)
-    accelerator.wait_for_everyone()
+        training_utils.free_memory()
     images = list_images(args.class_data_dir)[: args.num_class_images]
     dataset.add_images("class", "--class_data_dir", images, [args.class_prompt] * len(images))
 
@@ -1326,8 +1249,7 @@ def draw_class_images(args, parts, accelerator, numbers):
         for number, image in zip(batch, images, strict=True):
             name = f"{number}-{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
             save_image(image, Path(args.class_data_dir, name))
-    del transformer, vae
-    training_utils.free_memory()
+    accelerator.wait_for_everyone()
 
 
 def save_image(image, path):
@@ -1353,29 +1275,23 @@ def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embe
 
 
 def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, final=False):
-    """Logs the held-out loss, and draws --num_validation_images, as far as the flags ask for them.
+    """Logs the held-out loss and draws --num_validation_images, image i from seed + i, as far as flags ask for them.
 
-    Image i is drawn from seed + i, kept as a file and sent to the trackers. Returns the paths on the main process.
-    Errors: InterruptedError after a signal, on all processes alike.
+    Returns the images' paths on the main process. Errors: InterruptedError after a signal, on all processes alike.
     """
     transformer, images = accelerator.unwrap_model(embed.trained["transformer"], keep_torch_compile=False), {}
-    with accelerator.autocast():
+    with accelerator.autocast(), on_loan(vae, accelerator.device):
         if held_out:
             loss = measure_held_out(args, accelerator, transformer, vae.config, scheduler, embed, held_out)
             accelerator.log({"validation_loss": loss}, step=step)
         if not args.validation_prompt or final and args.skip_final_inference:
             return []
-        drawing = {"num_inference_steps": args.validation_num_inference_steps}
-        drawing["guidance_scale"] = args.validation_guidance_scale
-        drawing = {name: value for name, value in drawing.items() if value is not None}
+        options = {name: getattr(args, f"validation_{name}") for name in ("num_inference_steps", "guidance_scale")}
+        options = {name: value for name, value in options.items() if value is not None}
         texts, stop = (embed([args.validation_prompt]), embed([""])), lambda: read_signal(accelerator, caught)
-        numbers = list(range(args.num_validation_images))
-        with (
-            on_loan(vae, accelerator.device),
-            accelerator.split_between_processes(numbers, apply_padding=True) as mine,
-        ):
+        with accelerator.split_between_processes(list(range(args.num_validation_images)), apply_padding=True) as mine:
             for n in mine:
-                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop, **drawing)[0]
+                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop, **options)[0]
     training_utils.free_memory()
     images = dict(utils.gather_object(list(images.items())))
     if not accelerator.is_main_process:
@@ -1440,8 +1356,8 @@ def describe_training(args, accelerator, step):
             if isinstance(value, str) and "prompt" not in name and Path(value).exists():
                 value = Path(value).resolve().name  # a card is public, the folders above are not
             flags.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
-    where = f"{accelerator.num_processes} x {accelerator.device.type}"
-    return f"Trained for {step} updates on {where} with {versions}:\n\n```sh\n{' '.join(flags)}\n```"
+    devices = f"{accelerator.num_processes} x {accelerator.device.type}"
+    return f"Trained for {step} updates on {devices} with {versions}:\n\n```sh\n{' '.join(flags)}\n```"
 
 
 def write_card(args, accelerator, repository, step, image_paths):
@@ -1461,15 +1377,16 @@ def write_card(args, accelerator, repository, step, image_paths):
     }
     if not Path(args.pretrained_model_name_or_path).is_dir():  # the Hub refuses a card whose base model is no id
         data |= {"base_model": base, "base_model_relation": "adapter" if "lora" in tags else "finetune"}
+    subject = f"Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
     card = f"""---
-{ModelCardData(**data).to_yaml()}
+{huggingface_hub.ModelCardData(**data).to_yaml()}
 ---
 
 # {title}
 
 {"<Gallery />" if image_paths else ""}
 
-DreamBooth weights for {base} ({family}). Their subject is called `{args.instance_prompt}`.
+DreamBooth weights for {base} ({family}). {subject}
 
 ```py
 import torch
@@ -1488,7 +1405,7 @@ The base model's [licence]({licence}) holds for these weights.
     path = Path(args.output_dir, "README.md")
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     old, _, digest = text.rpartition(CARD_MARK)
-    if text and not digest.startswith(hashlib.sha256(old.encode()).hexdigest()):
+    if text and digest != f"{hashlib.sha256(old.encode()).hexdigest()} -->\n":
         log.warning(f"{path} is a person's: it is now {path.rename(path.with_suffix(f'.{time.time():.0f}.md'))}")
     path.write_text(f"{card}{CARD_MARK}{hashlib.sha256(card.encode()).hexdigest()} -->\n", encoding="utf-8")
 
@@ -1497,14 +1414,13 @@ def open_repository(args, accelerator):
     """Id of the Hub repository, which is created: better at the start than after hours. None without --push_to_hub."""
     if not args.push_to_hub or not accelerator.is_main_process:
         return None
-    from huggingface_hub import auth_check, create_repo
-
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
     remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
-        private = args.hub_private_repo or None
-        repository = create_repo(repository, private=private, exist_ok=True, token=args.hub_token).repo_id
-        auth_check(repository, write=True, token=args.hub_token)  # create_repo passes over one that is not ours
+        options = {"private": args.hub_private_repo or None, "exist_ok": True, "token": args.hub_token}
+        repository = huggingface_hub.create_repo(repository, **options).repo_id
+        # Creating passes over one that is there and not ours.
+        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)
     return repository
 
 
@@ -1515,12 +1431,10 @@ def publish(args, accelerator, repository, step, image_paths, failed):
     with attempt(failed, "writing the model card"):
         write_card(args, accelerator, repository or args.output_dir, step, image_paths)
     if repository:
-        from huggingface_hub import upload_folder
-
         patterns = ["README.md", *describe_result(args, repository)[-1], *(path.name for path in image_paths)]
         options = {"commit_message": "End of training", "allow_patterns": patterns, "token": args.hub_token}
         with attempt(failed, "the upload"):
-            upload_folder(repo_id=repository, folder_path=args.output_dir, **options)
+            huggingface_hub.upload_folder(repo_id=repository, folder_path=args.output_dir, **options)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -1557,10 +1471,9 @@ def start_accelerator(args):
     if accelerator.distributed_type.value == "FSDP":
         if args.use_ema or args.train_text_encoder:
             refuse("--use_ema, --train_text_encoder: FSDP2 trains one model, in parts: leave them out, or use DDP")
-        policy = accelerator.state.fsdp_plugin.mixed_precision_policy
-        if policy:  # it would round the timesteps, of which bfloat16 tells 353 of 1000 apart
-            policy = dataclasses.replace(policy, cast_forward_inputs=False)
-            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        plugin = accelerator.state.fsdp_plugin
+        if policy := plugin.mixed_precision_policy:  # it would round the timesteps: bfloat16 has 353 of the 1000
+            plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
@@ -1595,10 +1508,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if
 
 
 def catch_signals(cleanup):
-    """A list that SIGTERM, SIGINT and SIGUSR1, SLURM's warning, put their number into; a second one ends the process.
-
-    `accelerate launch` passes no signal on: send it to the training process, or start that by python or torchrun.
-    """
+    """A list that SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) put their number into; a second ends the process."""
     caught = []
 
     def catch(number, frame):
@@ -1608,7 +1518,7 @@ def catch_signals(cleanup):
         name = signal.Signals(number).name
         print(f"\n{name}: the run saves a checkpoint and ends; a second signal ends it at once", file=sys.stderr)
 
-    if threading.current_thread() is threading.main_thread():  # Python catches signals in no other
+    with contextlib.suppress(ValueError):  # outside of the main thread, where Python catches none
         for number in SIGNALS:
             cleanup.callback(signal.signal, number, signal.signal(number, catch))
     return caught
@@ -1628,10 +1538,7 @@ def read_signal(accelerator, caught):
 
 
 def encode_once(args, parts, accelerator, targets, dataset, held_out):
-    """The prompts' table and the VAE, once all has been encoded that training does not change.
-
-    Each encoder is freed before the next part is loaded: the memory of a run is that of its largest part, not of all.
-    """
+    """The prompts' table and the VAE, after encoding what training does not change; each encoder goes when done."""
     prompts = {prompt for each in (dataset, held_out) if each for kind in each.prompts.values() for prompt in kind}
     prompts |= {"", *filter(None, (args.validation_prompt, args.class_prompt))}
     embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
@@ -1688,15 +1595,13 @@ def prepare_models(args, accelerator, trained, total):
 
 
 def read_update(args, accelerator, seen, norm, caught):
-    """Figures of an update, averaged over its batches and the processes, and a signal that any process caught, or 0.
-
-    `seen` has the losses (B,) of each batch. This is where the host waits for the device, once an update.
-    """
+    """Figures of an update, averaged over the losses (B,) of its batches, `seen`, and the processes; a signal or 0."""
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: each process has a part of it
     parts = torch.stack(seen).mean(dim=0).chunk(2 if args.with_prior_preservation else 1)
     others = [torch.as_tensor(value).to(parts[0]) for value in (norm, max(caught, default=0))]
     rows = accelerator.gather(torch.stack([*(part.mean() for part in parts), *others])[None])
-    *losses, norm, number = torch.cat([rows[:, :-1].mean(dim=0), rows[:, -1:].amax(dim=0)]).tolist()
+    rows = torch.cat([rows[:, :-1].mean(dim=0), rows[:, -1:].amax(dim=0)])
+    *losses, norm, number = rows.tolist()  # here the host waits for the device, once an update
     seen.clear()
     figures = {"loss": losses[0], "grad_norm": norm}
     if args.with_prior_preservation:
@@ -1729,9 +1634,9 @@ def log_update(accelerator, bar, trained, schedule, figures, step):
 
 @contextlib.contextmanager
 def attempt(failed, what):
-    """Lets what is not worth the weights fail by itself: says so, and adds it to `failed`; the run goes on."""
+    """Lets what is not worth the weights fail by itself: says so, adds it to `failed`; yields a list for a result."""
     try:
-        yield
+        yield []
     except InterruptedError:  # by a signal, which is obeyed later
         pass
     except Exception as error:  # whatever drawing, a tracker or the Hub raises
@@ -1764,9 +1669,7 @@ def draw_sheet(args, dataset):
         seed = derive_seed(args.seed, "instance", 0, number)
         pixels = dataset.pixels("instance", number, dataset.size(number), seed)
         picture = VaeImageProcessor().postprocess(pixels[None], output_type="pil")[0]
-        picture.thumbnail((192, 192))
-        tile = Image.new("RGB", (208, 256), "white")
-        tile.paste(picture, ((208 - picture.width) // 2, 8))
+        tile = ImageOps.expand(ImageOps.pad(picture, (192, 192), color="white"), (8, 8, 8, 56), "white")
         words = "\n".join(prompt[start : start + 32] for start in range(0, min(len(prompt), 96), 32))
         ImageDraw.Draw(tile).text((8, 208), words, "black", ImageFont.load_default(12))
         tiles.append(tile)
@@ -1826,18 +1729,19 @@ def main(args):
         if checkpoint:
             resume(accelerator, checkpoint, average, step, total)
         embed.trained, models, transformer = trained, list(trained.values()), trained["transformer"]
-
         caught, seen, skipped, failed = catch_signals(cleanup), [], [], []
         bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_main_process)
-        first = max(step - 1, 0) // updates if step < total else total  # of the last update: its images may be due
-        for epoch in range(first, math.ceil(total / updates)):
+        for epoch in range(max(step - 1, 0) // updates, math.ceil(total / updates)):  # step - 1: its images may be due
             sampler.epoch, sampler.start = epoch, max(step - epoch * updates, 0) * args.gradient_accumulation_steps
-            for batch in loader:
+            for batch in loader if step < (epoch + 1) * updates else ():
+                if step >= total:
+                    break
                 with accelerator.accumulate(*models):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
                     moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
                     latents, noise, u = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
-                    losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
+                    with accelerator.autocast():  # a model of FSDP2 does not enter it by itself
+                        losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:
@@ -1845,36 +1749,32 @@ def main(args):
 
                 norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                 figures, stop = read_update(args, accelerator, seen, norm, caught)
-                if may_update(accelerator, figures, step + 1, skipped):
+                updated = may_update(accelerator, figures, step + 1, skipped)
+                if updated:
                     optimizer.step()
-                    if not accelerator.optimizer_step_was_skipped:  # by the scaler of fp16
-                        schedule.step()
-                        if average:
-                            average.step(parameters)
+                    updated = not accelerator.optimizer_step_was_skipped  # by the scaler of fp16
+                if updated:
+                    schedule.step()
+                if updated and average:
+                    average.step(parameters)
                 optimizer.zero_grad(set_to_none=True)
-
                 step += 1
                 log_update(accelerator, bar, trained, schedule, figures, step)
                 if stop or step % args.checkpointing_steps == 0:
                     save_checkpoint(args, accelerator, trained, average, run, step)
                 if stop:
                     end_run(args, accelerator, step, total, skipped, failed, stop)
-                if step >= total:
-                    break
 
-            # A signal ends the drawing, and the run after the next update.
             if epoch % args.validation_epochs == 0 and step < total:
                 with attempt([], f"validation at update {step}"), evaluation(models, parameters, average):
                     validate(args, accelerator, embed, vae, scheduler, held_out, step, caught)
         bar.close()
 
         # The weights come first: nothing that follows is worth them.
-        paths = []
         with evaluation(models, parameters, average):
             save_weights(args, accelerator, trained, args.output_dir, final=True)
-            accelerator.wait_for_everyone()
-            with attempt(failed, "drawing the final images"):
-                paths = validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, final=True)
+            with attempt(failed, "drawing the final images") as paths:
+                paths += validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, final=True)
         publish(args, accelerator, repository, step, paths, failed)
         end_run(args, accelerator, step, total, skipped, failed, read_signal(accelerator, caught))
 

@@ -47,7 +47,7 @@ def main(args):
     work = Path(args.work or tempfile.mkdtemp(prefix="options-"))
     model, pictures = build_checkpoint(work / args.size, args.size), build_pictures(work / "pictures", args.resolution)
     shared = ["--resolution", args.resolution, "--train_batch_size", 1, "--max_train_steps", WARM_UP + args.updates]
-    shared += ["--random_flip", "--report_to", "none", "--seed", 0]  # a crop that varies is not cached unasked
+    shared += ["--random_flip", "--report_to", "none", "--seed", 0]
     for name, fields in QUANTIZED.items():
         (work / f"{name}.json").write_text(json.dumps(fields))
     print(f"{args.size}: {' '.join(map(str, shared))}\n")

@@ -60,8 +60,8 @@ def watch(script, updates):
     spent, ends, log_update, flow_losses = {}, [], script.log_update, script.flow_losses
     profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
 
-    def losses(args, transformer, *rest):
-        return flow_losses(args, timed(transformer, spent, "forward"), *rest)
+    def losses(args, transformer, *rest, **target):
+        return flow_losses(args, timed(transformer, spent, "forward"), *rest, **target)
 
     def end(*args):
         log_update(*args)

@@ -1,6 +1,7 @@
 """What the tests share: tiny checkpoints, pictures, the two scripts as modules, and two ways to run them."""
 
 import contextlib
+import gc
 import importlib.util
 import os
 import random
@@ -48,6 +49,7 @@ def load_script(kind):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[path.stem])
+        gc.freeze()  # what the libraries have made stays: else each collection of a run looks through it for 0.3 s
     return sys.modules[path.stem]
 
 
@@ -172,6 +174,33 @@ def run(argv):
         return Path(args.output_dir)
 
     return run
+
+
+@pytest.fixture
+def refusal(script, argv, capsys, monkeypatch):
+    """Runs a script that must refuse with exit code 2, and gives the one line that says so, less the script's name."""
+
+    def refusal(**flags):
+        monkeypatch.setattr(sys, "argv", ["script.py"])
+        with isolated(), pytest.raises(SystemExit) as end:
+            script.main(script.parse_args(argv(**flags)))
+        assert end.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("script.py: error: ")]
+        assert len(lines) == 1
+        return lines[0].removeprefix("script.py: error: ")
+
+    return refusal
+
+
+@pytest.fixture
+def refused(refusal, script, monkeypatch):
+    """The same of a script that must refuse before it loads any part of a model."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("a part is loaded")
+
+    monkeypatch.setattr(script, "load_part", load)
+    return refusal
 
 
 @pytest.fixture

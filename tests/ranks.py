@@ -2,15 +2,19 @@
 
     torchrun --standalone --nproc_per_node 2 tests/ranks.py CASES.json
 
-CASES.json lists {"script": "full" or "lora", "argv": [...], "record": path}, with "draw_fast" or not; the record of
+CASES.json lists {"script": "full" or "lora", "argv": [...], "record": path}, with "draw_fast" or not, and what a case
+needs besides: "exit", the code that it ends with; "tell", {"name", "call", "rank"}: SIGTERM reaches that rank within
+that call of that function; "levels": what of a thousand noise levels reaches the model is written down. The record of
 rank R is path.R, a file for torch.load. One start of the processes, which takes most of the time of a tiny run, serves
 all cases.
 """
 
+import contextlib
 import functools
 import inspect
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -50,10 +54,8 @@ class Record(dict):
     def watch(self, monkeypatch, script):
         """Spies on a script until the patches are undone."""
         self.spy(monkeypatch, script, "draw_latents", lambda args, drawn: (args["seeds"], *map(torch.clone, drawn)))
-        self.spy(monkeypatch, script, "log_update", lambda args, _: dict(args["figures"]))
-        self.spy(
-            monkeypatch, script, "encode_text", lambda args, _: (args["name"], tuple(args["ids"].flatten().tolist()))
-        )
+        self.spy(monkeypatch, script, "log_update", lambda args, _: {"step": args["step"], **args["figures"]})
+        self.spy(monkeypatch, script.PromptTable, "encode", lambda args, _: (args["name"], str(args["prompts"])))
         self.spy(monkeypatch, script, "encode_moments", lambda args, _: args["pixels"].double().sum().item())
         self.spy(monkeypatch, script, "draw_images", lambda args, _: args["seeds"])
         self.spy(monkeypatch, script, "make_optimizer", lambda args, optimizer: self.watch_gradients(optimizer))
@@ -66,6 +68,61 @@ class Record(dict):
             self.setdefault("gradients", []).append([whole(p.grad) for p in parameters if p.grad is not None])
 
         optimizer.register_step_pre_hook(note)
+
+
+@contextlib.contextmanager
+def watch_updates(script):
+    """The figures of each update that a script makes in a with block, its step among them."""
+    import pytest
+
+    record = Record()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        record.spy(monkeypatch, script, "log_update", lambda args, _: {"step": args["step"], **args["figures"]})
+        yield record.setdefault("log_update", [])
+
+
+def read_files(folder):
+    """The bytes of what a run has left, weights and images, by name; checkpoints are left out."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix in {".safetensors", ".png"}]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if "checkpoint-" not in str(p)}
+
+
+def tell(monkeypatch, script, name, call, number=signal.SIGTERM):
+    """Sends this process a signal at the n-th call of a function of the script."""
+    original, calls = getattr(script, name), []
+
+    def told(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(script, name, told)
+
+
+def watch_levels(monkeypatch, script, record):
+    """Before the first update: the noisy latents and the timesteps of a thousand levels as they reach the layers."""
+    original = script.flow_losses
+
+    def watched(*given, **options):
+        if "levels" not in record and torch.is_grad_enabled():
+            args, transformer, scheduler, latents, noise, _, *texts = given
+            layers = {"latents": transformer.pos_embed, "timesteps": transformer.time_text_embed}
+            record["levels"] = {}
+            hooks = [
+                layer.register_forward_pre_hook(
+                    lambda _, inputs, name=name: record["levels"].update({name: inputs[0]})
+                )
+                for name, layer in layers.items()
+            ]
+            latents, noise, *texts = (one[:1].expand(1000, *one.shape[1:]) for one in (latents, noise, *texts))
+            with torch.no_grad():
+                original(args, transformer, scheduler, latents, noise, torch.arange(0.5, 1000) / 1000, *texts)
+            for hook in hooks:
+                hook.remove()
+        return original(*given, **options)
+
+    monkeypatch.setattr(script, "flow_losses", watched)
 
 
 def draw_fast(monkeypatch):
@@ -87,11 +144,20 @@ def run_case(case):
         record.watch(monkeypatch, script)
         if case.get("draw_fast"):
             draw_fast(monkeypatch)
+        if case.get("levels"):
+            watch_levels(monkeypatch, script, record)
+        if case.get("tell") and str(case["tell"]["rank"]) == os.environ["RANK"]:
+            tell(monkeypatch, script, case["tell"]["name"], case["tell"]["call"])
         try:
             script.main(script.parse_args(case["argv"]))
-            state = AcceleratorState()
-            record |= {"processes": state.num_processes, "engine": state.distributed_type.value}
+        except SystemExit as end:
+            record["exit"] = end.code
+            if end.code != case.get("exit"):
+                raise
         finally:
+            state = AcceleratorState._shared_state  # empty where the flags were refused
+            if state:
+                record |= {"processes": state["num_processes"], "engine": state["distributed_type"].value}
             torch.save(dict(record), f"{case['record']}.{os.environ.get('RANK', 0)}")
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()

@@ -32,10 +32,10 @@ def rotated():
     return encode(image, exif=exif)
 
 
-def palette():
+def palette(**options):
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 10, 200, 30])
-    return encode(image)
+    return encode(image, **options)
 
 
 # Bytes of an image, its size in pixels, and the colour of its first pixel.
@@ -44,7 +44,13 @@ GOOD = {
     "panorama": (encode(Image.new("RGB", (20000, 10), (1, 2, 3))), (20000, 10), (1, 2, 3)),
     "cmyk": (encode(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), (4, 4), (255, 0, 0)),
     "16 bit": (encode(Image.fromarray(np.full((4, 4), 0x8080, np.uint16))), (4, 4), (128, 128, 128)),
+    "16 bit, white": (encode(Image.fromarray(np.full((4, 4), 65535, np.uint16))), (4, 4), (255, 255, 255)),
+    "32 bit": (encode(Image.fromarray(np.full((4, 4), 257 * 200, np.int32)), "TIFF"), (4, 4), (200, 200, 200)),
+    "grey": (encode(Image.new("L", (4, 4), 77)), (4, 4), (77, 77, 77)),
     "palette": (palette(), (4, 4), (10, 200, 30)),
+    "palette, transparent": (palette(transparency=1), (4, 4), (255, 255, 255)),
+    "half transparent": (encode(Image.new("RGBA", (4, 4), (0, 100, 255, 128))), (4, 4), (127, 177, 255)),
+    "opaque": (encode(Image.new("RGBA", (4, 4), (1, 2, 3, 255))), (4, 4), (1, 2, 3)),
     "rotated": (rotated(), (16, 32), (255, 0, 0)),
     "transparent": (encode(Image.new("RGBA", (4, 4), (255, 0, 0, 0))), (4, 4), (255, 255, 255)),
     "grey, alpha": (encode(Image.new("LA", (4, 4), (0, 255))), (4, 4), (0, 0, 0)),
@@ -73,79 +79,93 @@ BAD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_used_right(script, name):
     data, size, pixel = GOOD[name]
-    image = script.open_image(data)
-    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", size, pixel)
-    crop = script.crop_image(image, (32, 48), torch.Generator().manual_seed(0), False, True)
+    image = script.open_image(data, 48, 0)
+    assert (image.mode, image.size) == ("RGB", size)
+    np.testing.assert_allclose(image.getpixel((0, 0)), pixel, atol=1 if name == "half transparent" else 0)
+    pixels = script.scale_image(image, (32, 48))
+    crop = script.crop_image(pixels, (32, 48), torch.Generator().manual_seed(0), False, True)
     assert crop.shape == (3, 32, 48)
     assert torch.isfinite(crop).all()
     assert crop.abs().max() <= 1
 
 
+@pytest.fixture
+def read(script, argv, monkeypatch, caplog):
+    """The images of a folder as a run reads them, once its flags are checked."""
+    monkeypatch.setattr(script, "log", logging.getLogger("data"))
+
+    def read(folder, **flags):
+        return script.read_instances(script.parse_args(argv(instance_data_dir=folder, **flags)))
+
+    return read
+
+
 @pytest.mark.parametrize("name", BAD)
-def test_named(script, capsys, tmp_path, name):
+def test_named(read, capsys, tmp_path, name):
     path = tmp_path / "broken.png"
     path.write_bytes(BAD[name])
     with pytest.raises(SystemExit) as end:
-        script.inspect_images("--instance_data_dir", [path])
+        read(tmp_path)
     assert end.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     assert len(lines) == 1
     assert f"error: --instance_data_dir: the image '{path}' cannot be read (" in lines[0]
-    assert lines[0].endswith("repair it or take it away")
+    assert lines[0].endswith("): repair or remove it")
 
 
-def test_said_of_an_animation(script, monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(script, "log", logging.getLogger("data"))
-    (tmp_path / "still.png").write_bytes(PNG)
-    (tmp_path / "moving.gif").write_bytes(GOOD["animated"][0])
-    assert script.inspect_images("--x", sorted(tmp_path.iterdir())) == [(4, 4), (48, 48)]
-    assert caplog.messages == [f"--x: of several frames the first is used, in {tmp_path / 'moving.gif'}"]
-
-
-def test_what_is_no_image_is_passed_over(script, monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(script, "log", logging.getLogger("data"))
+def test_what_is_no_image_is_passed_over(script, read, caplog, tmp_path):
     (tmp_path / "dog.PNG").write_bytes(PNG)
     (tmp_path / "dog.txt").write_text("a caption")
     (tmp_path / ".hidden.png").write_bytes(PNG)
     (tmp_path / "nested.png").mkdir()
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    assert script.read_folder("--x", tmp_path) == [tmp_path / "dog.PNG"]
-    assert caplog.messages == [f"--x {tmp_path}: passed over .hidden.png, loop.png, nested.png, nowhere.png"]
+    dataset = read(tmp_path)
+    assert dataset.images["instance"] == [tmp_path / "dog.PNG"]
+    passed_over = f"--instance_data_dir {tmp_path}: passed over .hidden.png, loop.png, nested.png, nowhere.png"
+    assert passed_over in caplog.messages
 
 
 @pytest.mark.parametrize(
     "caption", ["a \U0001f436 dog", "a\x00\x07\x1b[31m dog", "word " * 10_000, "", "\n\n", "\ufeffa dog"]
 )
-def test_captions(script, tmp_path, caption):
+def test_captions(read, tmp_path, caption):
+    """On one line, without the mark that some editors begin a file with; an empty one is none."""
     path = tmp_path / "dog.png"
     path.write_bytes(PNG)
     path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    assert script.read_captions(tmp_path, [path], None) == [caption.removeprefix("\ufeff")]
+    plain = " ".join(caption.removeprefix("\ufeff").split())
+    assert read(tmp_path).prompts["instance"] == [plain or "a photo of sks dog"]
 
 
-@pytest.mark.parametrize(
-    "text", ["3", "[1]", '{"file_name": 3, "text": "a"}', '{"file_name": "dog.png", "text": 3}', "{", "{}"]
-)
-def test_metadata_that_is_none(script, tmp_path, capsys, text):
-    path = tmp_path / "metadata.jsonl"
-    path.write_text(text)
+def test_a_caption_that_is_no_text_is_named(read, capsys, tmp_path):
+    (tmp_path / "dog.png").write_bytes(PNG)
+    (tmp_path / "dog.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(SystemExit) as end:
-        script.read_metadata(path, "text")
+        read(tmp_path)
     assert end.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert f"error: {tmp_path / 'dog.txt'} is not UTF-8 text: " in capsys.readouterr().err
 
 
-def test_three_thousand_images_with_few_open_files(script, tmp_path):
+@pytest.mark.parametrize("text", ["3", "[1]", '{"file_name": 3, "text": "a"}', "{", "{}"])
+def test_metadata_that_is_none(read, tmp_path, capsys, text):
+    (tmp_path / "dog.png").write_bytes(PNG)
+    (tmp_path / "metadata.jsonl").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        read(tmp_path, cache_dir=tmp_path / "cache")
+    assert end.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert len(lines) == 1 and ": error: --instance_data_dir" in lines[0]
+
+
+def test_three_thousand_images_with_few_open_files(read, tmp_path):
     data = encode(Image.new("RGB", (2, 2), "red"))
     for number in range(3000):
         (tmp_path / f"{number:04}.png").write_bytes(data)
     child = os.fork()
     if not child:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-        images = script.read_folder("--x", tmp_path)
-        script.log = logging.getLogger("data")
-        os._exit(0 if script.inspect_images("--x", images) == [(2, 2)] * 3000 else 1)
+        os._exit(0 if list(read(tmp_path, resolution=16).sizes) == [(16, 16)] * 3000 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -157,13 +177,14 @@ def test_fuzz_images(lora, data):
     place = data.draw(st.integers(0, len(base)))
     changed = base[:place] + data.draw(st.binary(max_size=12)) + base[place + data.draw(st.integers(0, 8)) :]
     try:
-        image = lora.open_image(changed)
+        image = lora.open_image(changed, 64, 7)
     except ValueError as error:
-        assert "cannot be read" in str(error)
+        assert str(error).startswith("the image of row 7 cannot be read (")
         return
     size = data.draw(st.sampled_from([(16, 16), (32, 16), (16, 64)]))
     if image.width * image.height < 1_000_000:
-        assert lora.crop_image(image, size, torch.Generator().manual_seed(0), False, True).shape == (3, *size)
+        pixels = lora.scale_image(image, size)
+        assert lora.crop_image(pixels, size, torch.Generator().manual_seed(0), False, True).shape == (3, *size)
 
 
 NAMES = st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=8)
@@ -178,7 +199,7 @@ ENTRIES = st.dictionaries(
 @given(entries=ENTRIES)
 @settings(max_examples=20, **FUZZ)
 def test_fuzz_folders(lora, tmp_path_factory, entries):
-    """Whatever lies in a folder is an image that can be opened, or named among the rest; no entry is lost."""
+    """What is listed as an image can be opened, and no image is left out."""
     folder = tmp_path_factory.mktemp("fuzz")
     (folder.parent / "outside.png").write_bytes(PNG)
     for name, what in entries.items():
@@ -189,9 +210,8 @@ def test_fuzz_folders(lora, tmp_path_factory, entries):
                 (folder / name).mkdir()
             else:
                 (folder / name).symlink_to(folder.parent / ("outside.png" if what == "link" else "nowhere.png"))
-    images, others = lora.list_images(folder)
-    assert sorted([path.name for path in images] + others) == sorted(path.name for path in folder.iterdir())
-    assert {lora.open_image(path).size for path in images} <= {(48, 48)}
+    images = lora.list_images(folder)
+    assert {lora.open_image(path, 48, 0).size for path in images} <= {(48, 48)}
     for path in folder.iterdir():
         openable = entries[path.name] in ("picture", "link") and path.name[0] != "."
         assert (path in images) == (openable and path.suffix.lower() in lora.IMAGE_SUFFIXES), path.name

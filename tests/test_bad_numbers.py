@@ -1,12 +1,12 @@
 """A loss or a gradient that is not finite never reaches the weights; the scaler's own skips are told apart."""
 
-import json
 import logging
 import math
 import types
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import isolated
 
 
@@ -32,8 +32,12 @@ def poison(script, monkeypatch):
     return poison
 
 
-def read_rows(folder):
-    return [json.loads(line) for line in (folder / "logs/scalars.jsonl").read_text().splitlines()]
+@pytest.fixture
+def rows(monkeypatch):
+    """What trackers get, with the update's number."""
+    rows = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: rows.append({"step": step, **values}))
+    return rows
 
 
 def read_weights(folder):
@@ -44,31 +48,54 @@ def read_weights(folder):
     }
 
 
+@pytest.fixture
+def end(argv, capsys):
+    """Runs a script that ends itself; gives its code and its last line."""
+
+    def end(script, **flags):
+        with isolated(), pytest.raises(SystemExit) as end:
+            script.main(script.parse_args(argv(**flags)))
+        return end.value.code, capsys.readouterr().err.splitlines()[-1]
+
+    return end
+
+
 @pytest.mark.parametrize("gradient_alone", [False, True])
-def test_a_bad_update_is_skipped_counted_and_logged(script, run, poison, tmp_path, caplog, gradient_alone):
+def test_a_bad_update_is_skipped_counted_and_logged(script, end, poison, rows, tmp_path, caplog, gradient_alone):
     poison({2, 4}, gradient_alone)
     with caplog.at_level(logging.WARNING):
-        folder = run(script, max_train_steps=4, checkpointing_steps=1)
-    assert "update 2 is skipped, 1 so far: {'loss': " in caplog.text
-    assert "update 4 is skipped, 2 so far: {'loss': " in caplog.text
-    assert {row["step"]: row["skipped_updates"] for row in read_rows(folder) if "skipped_updates" in row} == {
-        2: 1,
-        4: 2,
-    }
-    weights = [read_weights(folder / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
+        end(script, max_train_steps=4, checkpointing_steps=1)
+    said = [line.split(",")[0] for line in caplog.messages if "skipped" in line]
+    assert said == ["[RANK 0] update 2 is skipped", "[RANK 0] update 4 is skipped"]
+    assert {row["step"]: row["skipped_updates"] for row in rows if "skipped_updates" in row} == {2: 1, 4: 2}
+    weights = [read_weights(tmp_path / f"out/checkpoint-{step}") for step in (1, 2, 3, 4)]
     assert weights[0] == weights[1] != weights[2] == weights[3]
-    assert (folder / "checkpoint-1/optimizer.bin").stat().st_size > 0
+    assert (tmp_path / "out/checkpoint-1/optimizer.bin").stat().st_size > 0
 
 
-def test_ten_in_a_row_end_the_run(script, argv, poison, tmp_path):
+@pytest.mark.parametrize(("bad", "code"), [({2, 4}, 1), ({2}, None)])
+def test_a_run_that_skipped_more_than_a_tenth_says_so_and_keeps_the_weights(
+    script, run, end, poison, tmp_path, bad, code
+):
+    poison(bad)
+    flags = {"max_train_steps": 10}
+    if code is None:
+        run(script, **flags)
+    else:
+        assert end(script, **flags) == (
+            code,
+            f"what was trained is saved in {tmp_path / 'out'}, but 2 of 10 updates were skipped, not being finite:"
+            " lower the rate",
+        )
+    assert read_weights(tmp_path / "out")
+
+
+def test_ten_in_a_row_end_the_run(script, end, poison, tmp_path):
     poison({2, *range(4, 40)})
-    with isolated(), pytest.raises(SystemExit) as end:
-        script.main(script.parse_args(argv(max_train_steps=30, checkpointing_steps=3)))
+    code, _ = end(script, max_train_steps=30, checkpointing_steps=3)
     kept = tmp_path / "out/checkpoint-12"
-    assert end.value.code == (
-        f"ten updates in a row were not finite: lower the rate, resume from the last checkpoint ({kept})"
-    )
-    assert not (tmp_path / "out/checkpoint-15").exists()
+    assert code == "ten updates in a row were not finite: lower the rate and resume from the last checkpoint"
+    assert kept.is_dir() and not (tmp_path / "out/checkpoint-15").exists()
     assert read_weights(kept) == read_weights(tmp_path / "out/checkpoint-3")
 
 
@@ -84,21 +111,17 @@ def test_ten_in_a_row_end_the_run(script, argv, poison, tmp_path):
         (1.0, 1.0, math.inf, False),  # no scale is left that could have done it
     ],
 )
-def test_whose_skip_it_is(script, monkeypatch, caplog, tmp_path, scale, loss, norm, sound):
+def test_whose_skip_it_is(script, monkeypatch, scale, loss, norm, sound):
     scaler = None if scale is None else types.SimpleNamespace(get_scale=lambda: scale)
     accelerator, skipped = types.SimpleNamespace(scaler=scaler), []
     monkeypatch.setattr(script, "log", logging.getLogger("skips"))
-    with caplog.at_level(logging.INFO):
-        found = script.is_sound(
-            types.SimpleNamespace(output_dir=tmp_path), accelerator, {"loss": loss, "grad_norm": norm}, 5, skipped
-        )
-    assert found is sound
+    found = script.may_update(accelerator, {"loss": loss, "grad_norm": norm}, 5, skipped)
+    assert found is (sound or scaler is not None), "the scaler has to see an update to skip it"
     assert skipped == ([] if sound else [5])
-    assert ("the scaler skips it" in caplog.text) == (sound and not math.isfinite(norm))
 
 
 def test_a_real_scaler_skips_and_halves():
-    """What `is_sound` relies on: torch's scaler leaves the weights alone and halves its scale."""
+    """What `may_update` relies on: torch's scaler leaves the weights alone and halves its scale."""
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(weight.sum() * math.inf).backward()

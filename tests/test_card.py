@@ -1,10 +1,13 @@
-"""The model card: what it says of the base model, and that its program runs as printed."""
+"""The model card: what it says of the base model and of the run, that its program runs as printed, and what of a
+person's it leaves alone."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from accelerate import PartialState
 from conftest import isolated
 from PIL import Image
 
@@ -20,9 +23,21 @@ def read_card(path):
     return yaml.safe_load(header), text, re.search(r"```py\n(.*?)```", text, re.DOTALL)[1]
 
 
-def write_card(script, args, images):
-    with isolated():
-        script.write_card(args, script.start_accelerator(args), "user/dog", 2, images)
+@pytest.fixture
+def write(script, argv, tmp_path):
+    """Writes the card of a run with some flags, and returns its path."""
+
+    def write(images=(), **flags):
+        out = tmp_path / "dog"
+        out.mkdir(exist_ok=True)
+        accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
+        with isolated():
+            PartialState(cpu=True)  # for what is logged
+            args = script.parse_args(argv(output_dir=out, **flags))
+            script.write_card(args, accelerator, "user/dog", 7, [out / name for name in images])
+        return out / "README.md"
+
+    return write
 
 
 @pytest.mark.parametrize(
@@ -44,40 +59,75 @@ def write_card(script, args, images):
         ),
     ],
 )
-def test_base_model(script, argv, tmp_path, monkeypatch, config, model, family, page, version):
+def test_base_model(script, kind, write, monkeypatch, config, model, family, page, version):
     monkeypatch.setattr(script, "read_transformer_config", lambda args: config)
     monkeypatch.setattr(script, "read_pipeline", lambda args: dict.fromkeys(["text_encoder_3", "tokenizer_3"]))
-    args = script.parse_args(argv(pretrained_model_name_or_path=model, output_dir=tmp_path))
-    write_card(script, args, [])
-    header, text, program = read_card(tmp_path / "README.md")
+    header, text, program = read_card(write(pretrained_model_name_or_path=model))
     assert header["base_model"] == model
+    assert header["base_model_relation"] == {"lora": "adapter", "full": "finetune"}[kind]
     assert header["license"] == "other"
     assert header["license_name"] == "stabilityai-ai-community"
     assert header["license_link"] == PAGE.format(page)
     assert {version, f"{version}-diffusers"} <= set(header["tags"])
-    assert ("lora" in header["tags"]) == ("lora" in script.__name__)
+    assert ("lora" in header["tags"]) == (kind == "lora")
     assert header["library_name"] == "diffusers"
     assert header["instance_prompt"] == "a photo of sks dog"
     assert f"DreamBooth weights for {model} ({family})" in text
     assert f"[licence]({PAGE.format(page)})" in text
-    assert "Write `a photo of sks dog` in a prompt" in text
+    assert "Their subject is called `a photo of sks dog`." in text
     assert "widget" not in header
     assert "<Gallery />" not in text
     assert "'user/dog'" in program
 
 
-def test_gallery_and_odd_prompts(script, argv, tmp_path):
-    prompt = 'a "dog": it\'s\na cat # no'
-    args = script.parse_args(argv(validation_prompt=prompt, instance_prompt=None, output_dir=tmp_path))
-    write_card(script, args, [tmp_path / "image_0.png", tmp_path / "image_1.png"])
-    header, text, program = read_card(tmp_path / "README.md")
-    images = ["image_0.png", "image_1.png"]
+def test_gallery_and_odd_prompts(write):
+    prompt, images = 'a "dog": it\'s\na cat # no', ["image_0.png", "image_1.png"]
+    header, text, program = read_card(write(images, validation_prompt=prompt, instance_prompt=None))
     assert header["widget"] == [{"text": prompt, "output": {"url": name}} for name in images]
     assert "<Gallery />" in text
     assert "base_model" not in header  # a folder here is no model on the Hub, which refuses such a card
     assert "None" not in text
     compile(program, "card", "exec")
     assert repr(prompt) in program
+
+
+def test_how_it_was_trained(write, pictures):
+    """What was given, less secrets, folders above the names, and what is as it would be without."""
+    text = write(hub_token="hf_secret", push_to_hub=True, learning_rate=0.5, random_flip=True).read_text()
+    assert "Trained for 7 updates on 2 x cpu with torch " in text
+    for word in (" diffusers 0.", "--learning_rate 0.5", "--random_flip", f"--instance_data_dir {pictures().name} "):
+        assert word in text, word
+    for absent in ("hf_secret", "--rank", str(pictures()), "--output_dir"):
+        assert absent not in text, absent
+
+
+def test_a_card_that_nobody_has_changed_is_replaced(write):
+    path = write()
+    text = path.read_text()
+    assert write().read_text() == text
+    assert write(learning_rate=0.5).read_text() != text
+    assert [path.name for path in path.parent.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text + "\n## Notes\n\nFrom my garden.\n",
+        lambda text: text.replace("DreamBooth weights", "Rex is two years old. DreamBooth weights"),
+        lambda text: text.replace("license: other\n", "license: other\nlanguage: en\n"),
+        lambda text: "# Rex\n\nMy dog.\n",
+        lambda text: text[: len(text) // 2],
+    ],
+    ids=["added at the end", "added inside", "header changed", "a person's own", "cut off"],
+)
+def test_a_card_that_a_person_changed_is_put_aside(write, caplog, change):
+    path = write()
+    text = path.read_text()
+    path.write_text(change(text))
+    assert write().read_text() == text
+    (aside,) = path.parent.glob("README.*.md")
+    assert aside.read_text() == change(text)
+    assert aside.name in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -89,35 +139,28 @@ def test_gallery_and_odd_prompts(script, argv, tmp_path):
         pytest.param({"variant": "fp16"}, {"variant": "fp16"}, id="variant"),
     ],
 )
-def test_program_runs_as_printed(script, run, checkpoints, tmp_path, monkeypatch, model, flags):
+def test_program_runs_as_printed(script, run, few_steps, checkpoints, tmp_path, monkeypatch, model, flags):
     base = checkpoints(**model)
     out = run(script, pretrained_model_name_or_path=base, max_train_steps=1, **flags)
-    header, text, program = read_card(out / "README.md")
-    assert "base_model" not in header
-    assert ("with text_encoder and" in text or "with text_encoder, " in text) == ("train_text_encoder" in flags)
+    _, _, program = read_card(out / "README.md")
+    (tmp_path / base.name).symlink_to(base)  # the card does not say what lies above it
     monkeypatch.chdir(tmp_path)
     names = {}
     with isolated():
         exec(program, names)
     assert Image.open("image.png").size == (32, 32)
-    assert f"max_sequence_length={flags.get('max_sequence_length', 77)}" in program
+    assert f'"max_sequence_length": {flags.get("max_sequence_length", 77)}' in program
     pipeline = names["pipeline"]
-    assert pipeline.transformer.dtype == names["dtype"]
+    assert pipeline.transformer.dtype == torch.bfloat16
     assert (pipeline.text_encoder_3 is None) == (model == {"t5": False} or "no_t5" in flags)
     if "lora" in script.__name__:
         assert pipeline.get_list_adapters().keys() >= {"transformer"}
 
 
-def test_the_token_is_no_flag_of_a_run(script, argv):
-    """What goes into checkpoints and trackers comes from public_flags."""
-    token = "hf_SecretOfTheTest"
+def test_the_token_is_in_nothing_that_is_kept(script, argv):
+    """What goes into checkpoints and trackers comes from describe_run."""
+    token, dataset = "hf_SecretOfTheTest", SimpleNamespace(digest=1)
     args = script.parse_args(argv(hub_token=token, push_to_hub=True, report_to="tensorboard"))
-    assert token not in repr(script.public_flags(args))
-    assert vars(args).keys() - script.public_flags(args).keys() == {"hub_token"}
-    started = []
-    accelerator = SimpleNamespace(
-        is_main_process=False, trackers=[], init_trackers=lambda *names, **config: started.append((names, config))
-    )
-    script.start_trackers(args, accelerator, 0)
-    assert len(started) == 1
-    assert token not in repr(started)
+    kept = script.describe_run(args, SimpleNamespace(num_processes=1), dataset)
+    assert token not in repr(kept)
+    assert vars(args).keys() - kept.keys() == {"hub_token"}

@@ -31,18 +31,19 @@ def drawn(monkeypatch):
 
     def drawn(script):
         batches, dtypes = [], []
-        draw_images, load_frozen = script.draw_images, script.load_frozen
+        draw_images, load_part = script.draw_images, script.load_part
 
-        def count(*inputs):
+        def count(*inputs, stop):
             batches.append(len(inputs[-1]))
-            return draw_images(*inputs)
+            return draw_images(*inputs, stop=stop)
 
-        def keep(args, parts, name, device, dtype):
-            dtypes.append((name, dtype))
-            return load_frozen(args, parts, name, device, dtype)
+        def keep(args, parts, name, *checkpoint, **options):
+            if "torch_dtype" in options:  # a model
+                dtypes.append((name, options["torch_dtype"]))
+            return load_part(args, parts, name, *checkpoint, **options)
 
         monkeypatch.setattr(script, "draw_images", count)
-        monkeypatch.setattr(script, "load_frozen", keep)
+        monkeypatch.setattr(script, "load_part", keep)
         return batches, dtypes
 
     return drawn
@@ -96,7 +97,7 @@ def test_only_image_files_count(script, run, settings, drawn, pictures):
     batches, _ = drawn(script)
     run(script, **settings)
     assert batches == [3]
-    images, _ = script.list_images(folder)
+    images = script.list_images(folder)
     assert len(images) == 4
     assert len({path.read_bytes() for path in images}) == 4, "each is another"
     assert (folder / "0-holiday.png").read_bytes() == own

@@ -1,18 +1,18 @@
 """torch.compile, asked for by accelerate's settings: what is compiled when, and what is left of it in the files."""
 
-import json
-
 import pytest
 import tiny_sd3
 import torch._dynamo
+from ranks import watch_updates
 from safetensors.torch import load_file
 
 
-def read(folder):
+def train(script, run, **flags):
     """Losses by update, and the trained weights."""
-    rows = [json.loads(line) for line in (folder / "logs/scalars.jsonl").read_text().splitlines()]
+    with watch_updates(script) as updates:
+        folder = run(script, **flags)
     weights = [*folder.glob("pytorch_lora_weights.safetensors"), *folder.glob("transformer/*.safetensors")]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}, load_file(*weights)
+    return {update["step"]: update["loss"] for update in updates}, load_file(*weights)
 
 
 @pytest.mark.slow
@@ -24,7 +24,7 @@ def test_blocks_are_compiled_once_a_shape(script, run, tmp_path, monkeypatch):
     flags = {"instance_data_dir": tmp_path, "use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "32,32;16,64"}
     flags |= {"max_train_steps": 6, "checkpointing_steps": 4, "gradient_checkpointing": True}
     flags |= {"validation_prompt": "a dog", "num_validation_images": 1, "output_dir": tmp_path / "plain"}
-    plain_losses, plain_weights = read(run(script, **flags))
+    plain_losses, plain_weights = train(script, run, **flags)
 
     for name in ("REGIONAL_COMPILATION", "DYNAMIC"):
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_USE_{name}", str(name != "DYNAMIC"))
@@ -38,8 +38,8 @@ def test_blocks_are_compiled_once_a_shape(script, run, tmp_path, monkeypatch):
         graphs.append(counters["stats"]["unique_graphs"])
 
     monkeypatch.setattr(script, "log_update", record)
-    compiled = run(script, **flags | {"output_dir": tmp_path / "compiled"})
-    losses, weights = read(compiled)
+    compiled = tmp_path / "compiled"
+    losses, weights = train(script, run, **flags | {"output_dir": compiled})
     shapes = [graphs[0], graphs[2]]  # an epoch has both
     assert 2 <= shapes[0] < shapes[1] <= 2 * shapes[0] + 2
     assert graphs[2:] == [shapes[1]] * 4
@@ -48,9 +48,7 @@ def test_blocks_are_compiled_once_a_shape(script, run, tmp_path, monkeypatch):
     assert weights.keys() == plain_weights.keys()
     assert (compiled / "image_0.png").read_bytes() == (tmp_path / "plain/image_0.png").read_bytes()
 
-    resumed = run(
-        script, **flags | {"output_dir": tmp_path / "on", "resume_from_checkpoint": compiled / "checkpoint-4"}
-    )
-    later, again = read(resumed)
+    flags |= {"output_dir": tmp_path / "on", "resume_from_checkpoint": compiled / "checkpoint-4"}
+    later, again = train(script, run, **flags)
     assert later == {step: loss for step, loss in losses.items() if step > 4}
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())

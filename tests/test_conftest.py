@@ -69,17 +69,11 @@ def test_argv(argv, changes, present, absent):
     assert absent not in words
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_launch(launch, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "word", "fails"), [(1, "--fail", True), (2, "--word", False)])
+def test_launch(launch, tmp_path, processes, word, fails):
     path = tmp_path / "probe.py"
     path.write_text(PROBE)
-    done = launch(path, ["--word"], processes, env={"EXTRA": "extra"})
-    assert done.returncode == 0, done.stderr
+    done = launch(path, [word], processes, env={"EXTRA": "extra"})
+    assert (done.returncode != 0) == fails, done.stderr
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
-    assert lines == [f"process {index} of {processes} --word extra" for index in range(processes)]
-
-
-def test_launch_fails_where_the_script_does(launch, tmp_path):
-    path = tmp_path / "probe.py"
-    path.write_text(PROBE)
-    assert launch(path, ["--fail"]).returncode != 0
+    assert lines == [f"process {index} of {processes} {word} extra" for index in range(processes)]

@@ -1,9 +1,7 @@
 """A damaged checkpoint is seen and named: `latest` falls back, a name ends in one line."""
 
 import json
-import logging
 import shutil
-from pathlib import Path
 
 import pytest
 from conftest import isolated
@@ -14,7 +12,7 @@ def saved(script, kind, run, tmp_path_factory):
     """A copy of the output of three updates with a checkpoint each, as output_dir of a script; trained once."""
     if kind not in SAVED:
         SAVED[kind] = run(
-            script, max_train_steps=3, checkpointing_steps=1, output_dir=tmp_path_factory.mktemp("saved")
+            script, max_train_steps=3, checkpointing_steps=1, use_ema=True, output_dir=tmp_path_factory.mktemp("saved")
         )
     folder = tmp_path_factory.mktemp("damaged") / "out"
     shutil.copytree(SAVED[kind], folder)
@@ -30,17 +28,9 @@ def truncate(folder):
     return "optimizer.bin has "
 
 
-def flip_a_bit(folder):
-    path = folder / "scheduler.bin"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-    return "scheduler.bin is not what was written: its checksum differs"
-
-
 def lose(folder):
-    (folder / "random_states_0.pkl").unlink()
-    return "random_states_0.pkl is missing"
+    (folder / "scheduler.bin").unlink()
+    return "scheduler.bin"
 
 
 def lose_manifest(folder):
@@ -50,61 +40,45 @@ def lose_manifest(folder):
 
 def spoil_manifest(folder):
     (folder / "dreambooth.json").write_text("[]")
-    return "is not a whole checkpoint: "
+    return ""
 
 
-def other_processes(folder):
+def another_format(folder):
     path = folder / "dreambooth.json"
-    manifest = json.loads(path.read_text())
-    manifest["flags"]["processes"] = 2
-    path.write_text(json.dumps(manifest))
-    return "is of 2 processes, not of 1"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
+    return "its format is 0, not 1: use the script that wrote it"
 
 
-DAMAGES = [truncate, flip_a_bit, lose, lose_manifest, spoil_manifest, other_processes]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_seen(script, argv, saved, monkeypatch, caplog, capsys, damage):
-    monkeypatch.setattr(script, "log", logging.getLogger("damage"))
+@pytest.mark.parametrize("damage", [truncate, lose, lose_manifest, spoil_manifest, another_format])
+def test_seen(script, argv, saved, caplog, capsys, damage):
+    """`latest` takes the one before; a name is refused. Both say why. A dry run goes as far as that."""
     reason = damage(saved / "checkpoint-3")
-    args = script.parse_args(argv(output_dir=saved, resume_from_checkpoint="latest"))
-    assert script.choose_checkpoint(args, 1)[0] == saved / "checkpoint-2"
-    assert str(saved / "checkpoint-3") in caplog.text
-    assert reason in caplog.text
-    if damage is other_processes:
-        return
-    args.resume_from_checkpoint = "checkpoint-3"
-    with pytest.raises(SystemExit) as end:
-        script.choose_checkpoint(args, 1)
-    lines = capsys.readouterr().err.splitlines()
-    assert (end.value.code, len(lines)) == (2, 1)
-    assert f"--resume_from_checkpoint: {saved / 'checkpoint-3'} is not a whole checkpoint: " in lines[0]
-
-
-def test_another_number_of_processes_is_refused(script, argv, saved, capsys):
-    for number in (1, 2, 3):
-        other_processes(saved / f"checkpoint-{number}")
+    flags = {"output_dir": saved, "dry_run": True, "use_ema": True, "learning_rate": 1e-3}
+    with isolated():
+        script.main(script.parse_args(argv(**flags, resume_from_checkpoint="latest")))
+    assert f"the run goes on from {saved / 'checkpoint-2'}, " in caplog.text
     with isolated(), pytest.raises(SystemExit) as end:
-        script.main(script.parse_args(argv(output_dir=saved, resume_from_checkpoint="latest")))
-    assert end.value.code == 2
-    assert "trained with the number of processes 2, this run has 1: give the same" in capsys.readouterr().err
+        script.main(script.parse_args(argv(**flags, resume_from_checkpoint="checkpoint-3")))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert (end.value.code, len(lines)) == (2, 1)
+    assert "--resume_from_checkpoint 'checkpoint-3': no whole checkpoint" in lines[0]
+    said = [line for line in caplog.messages if "passed over: " in line]
+    assert len(said) == 2
+    assert all(f"{saved / 'checkpoint-3'} is no checkpoint to resume from: " in line for line in said)
+    assert all(reason in line for line in said)
 
 
-def test_checkpoints_without_checksums(script, kind, argv, saved, capsys):
-    """Those of earlier versions are read; noise of the right size ends in one line."""
+WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "ema.safetensors", "WEIGHTS"])
+def test_noise_of_the_right_size_ends_in_one_line(script, kind, argv, saved, capsys, name):
     folder = saved / "checkpoint-3"
-    manifest = json.loads((folder / "dreambooth.json").read_text())
-    del manifest["checksums"]
-    (folder / "dreambooth.json").write_text(json.dumps(manifest))
-    assert script.read_manifest(folder) == manifest
-    weights = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
-    for name in ("optimizer.bin", weights[kind]):
-        before = Path(folder, name).read_bytes()
-        Path(folder, name).write_bytes(b"\xa7" * len(before))
-        with isolated(), pytest.raises(SystemExit) as end:
-            script.main(script.parse_args(argv(output_dir=saved, max_train_steps=4, resume_from_checkpoint="latest")))
-        lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-        assert (end.value.code, len(lines)) == (2, 1)
-        assert f"{folder} cannot be loaded (" in lines[0]
-        Path(folder, name).write_bytes(before)
+    path = folder / (WEIGHTS[kind] if name == "WEIGHTS" else name)
+    path.write_bytes(b"\xa7" * path.stat().st_size)
+    flags = {"output_dir": saved, "max_train_steps": 4, "resume_from_checkpoint": "latest", "use_ema": True}
+    with isolated(), pytest.raises(SystemExit) as end:
+        script.main(script.parse_args(argv(**flags)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert (end.value.code, len(lines)) == (2, 1)
+    assert str(folder) in lines[0] and " cannot be loaded (" in lines[0]

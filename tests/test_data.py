@@ -1,17 +1,15 @@
-"""Data as people have them: captions, datasets of any kind, shapes, dropped captions, and the rehearsal of a run."""
+"""Data as people have them: captions, datasets of any kind, shapes, dropped captions, photos, and the dry run."""
 
 import csv
 import json
 import logging
-import re
-import subprocess
-import sys
 from collections import Counter
+from types import SimpleNamespace
 
-import huggingface_hub
+import numpy as np
 import pytest
 import torch
-from conftest import isolated
+from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
@@ -32,41 +30,51 @@ def paint(folder, sizes):
     return paths
 
 
-def prompts_of(script, argv, **flags):
-    args = script.parse_args(argv(**flags))
-    images, prompts, sizes = script.read_instances(args)
-    return args, images, prompts, sizes
+@pytest.fixture
+def read(script, argv, said):
+    """The images to train on, as a run reads them: paths or a dataset's rows, prompts, sizes."""
+
+    def read(**flags):
+        return script.read_instances(script.parse_args(argv(**flags)))
+
+    return read
 
 
-@pytest.mark.parametrize("metadata", ["jsonl", "csv"])
-def test_captions_belong_to_files_and_what_was_found_is_said(script, argv, tmp_path, said, metadata):
+def test_captions_belong_to_files_and_what_was_found_is_said(read, tmp_path, said):
     folder = tmp_path / "data"
-    a, b, _, d, e = paint(folder, [(40, 40)] * 5)
+    a, b, *_ = paint(folder, [(40, 40)] * 3)
     a.with_suffix(".txt").write_text("from the\ntext")
     b.with_suffix(".caption").write_text("from the caption")
-    d.with_suffix(".txt").write_text("hidden by the metadata")
-    e.write_bytes(d.read_bytes())
     (folder / "notes.md").write_text("no image")
-    rows = [{"file_name": "d.png", "words": "from the metadata"}]
-    with (folder / f"metadata.{metadata}").open("w", newline="") as file:
-        if metadata == "jsonl":
-            file.write(json.dumps(rows[0]))
-        else:
-            csv.writer(file).writerows([rows[0].keys(), rows[0].values()])
-    _, images, prompts, _ = prompts_of(script, argv, instance_data_dir=folder, caption_column="words")
-    plain = "a photo of sks dog"
-    assert [path.name for path in images] == ["a.png", "b.png", "c.png", "d.png", "e.png"]
-    assert prompts == ["from the text", "from the caption", plain, "from the metadata", plain]
+    dataset = read(instance_data_dir=folder)
+    assert [path.name for path in dataset.images["instance"]] == ["a.png", "b.png", "c.png"]
+    assert dataset.prompts["instance"] == ["from the text", "from the caption", "a photo of sks dog"]
     for line in (
         f"--instance_data_dir {folder}: passed over notes.md",
-        "--instance_data_dir: 5 images, 3 with a caption, 2 with --instance_prompt",
-        "--instance_data_dir: 1 of the 5 images are copies of others",
+        "--instance_data_dir: 3 images, 1 with --instance_prompt; (height, width): {(32, 32): 3}",
     ):
         assert said.messages.count(line) == 1
 
 
-@pytest.mark.parametrize("form", ["folder", "saved", "splits", "parquet", "arrow", "bytes", "paths"])
-def test_datasets_of_any_kind(script, argv, tmp_path, said, form):
+@pytest.mark.parametrize("metadata", ["jsonl", "csv"])
+def test_a_folder_with_metadata_is_what_the_metadata_lists(read, tmp_path, metadata):
+    """Subfolders and "./" as well; an image that it does not list is left out."""
+    paint(tmp_path / "data", [(32, 40), (40, 40)])
+    paint(tmp_path / "data/inner", [(40, 32)])
+    rows = [("file_name", "words"), ("inner/a.png", "one"), ("./b.png", "two")]
+    with (tmp_path / f"data/metadata.{metadata}").open("w", newline="") as file:
+        if metadata == "jsonl":
+            file.writelines(json.dumps(dict(zip(rows[0], row, strict=True))) + "\n" for row in rows[1:])
+        else:
+            csv.writer(file).writerows(rows)
+    dataset = read(instance_data_dir=tmp_path / "data", caption_column="words", cache_dir=tmp_path / "cache")
+    assert dataset.prompts["instance"] == ["one", "two"]
+    greys = [np.asarray(dataset.load("instance", number)[0]).max() for number in range(2)]
+    assert greys == [0, 20]
+
+
+@pytest.mark.parametrize("form", ["folder", "saved", "splits", "parquet", "arrow", "bytes", "paths", "beside"])
+def test_datasets_of_any_kind(script, read, tmp_path, form):
     folder = tmp_path / "data"
     paths = paint(folder, [(40, 32), (32, 40)])
     column = [path.read_bytes() for path in paths] if form == "bytes" else [str(path) for path in paths]
@@ -80,6 +88,9 @@ def test_datasets_of_any_kind(script, argv, tmp_path, said, form):
     if form == "folder":
         source = folder
         (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png"}')
+    elif form == "beside":  # paths are relative to the file that they stand in
+        source = folder / "rows.jsonl"
+        source.write_text('{"image": "a.png", "text": "one"}\n{"image": "./b.png", "text": null}\n')
     elif source.suffix:
         rows.to_parquet(source)
     elif form == "splits":
@@ -89,144 +100,142 @@ def test_datasets_of_any_kind(script, argv, tmp_path, said, form):
         rows.save_to_disk(source)
     if form == "arrow":
         source = next(source.glob("*.arrow"))
-    flags |= {"dataset_name": source, "caption_column": "text", "cache_dir": tmp_path / "cache"}
-    _, images, prompts, _ = prompts_of(script, argv, **flags)
-    assert prompts == ["one", "a photo of sks dog"]
-    assert [script.open_image(image).size for image in images] == [(40, 32), (32, 40)]
+    dataset = read(**flags, dataset_name=source, caption_column="text", cache_dir=tmp_path / "cache")
+    images = dataset.images["instance"]
+    assert dataset.prompts["instance"] == ["one", "a photo of sks dog"]
+    assert [script.open_image(images[number], 32, number).size for number in range(2)] == [(40, 32), (32, 40)]
     assert not any(isinstance(image, Image.Image) for image in images), "decoded when used"
 
 
-def test_buckets(script, argv, tmp_path, said, pictures):
-    """No image is lost, a batch has one size, a class image takes its partner's, and scaling up is said."""
+def test_buckets(script, read, tmp_path, said, pictures):
+    """No image is lost, a batch is full and of one size, and a class image takes its partner's."""
     paint(tmp_path / "data", [(96, 32)] * 3 + [(32, 96)] * 2 + [(64, 64)] + [(20, 20)])
     flags = {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "32,96;96,32;64,64", "train_batch_size": 2}
-    args, images, prompts, sizes = prompts_of(script, argv, instance_data_dir=tmp_path / "data", **flags)
-    assert sizes == [(32, 96)] * 3 + [(96, 32)] * 2 + [(64, 64)] * 2
-    assert "--instance_data_dir: 1 images are smaller than what they are trained at and are scaled up" in said.messages
-    assert "images by bucket, height x width: 3 at 32x96, 2 at 64x64, 2 at 96x32" in said.messages
-    args.class_prompt = "a dog"
-    dataset = script.DreamBoothDataset(args, images, prompts, sizes, sorted(pictures(9).iterdir()))
+    dataset = read(instance_data_dir=tmp_path / "data", **flags)
+    assert list(dataset.sizes) == [(32, 96)] * 3 + [(96, 32)] * 2 + [(64, 64)] * 2
+    assert said.messages[-1].endswith("(height, width): {(32, 96): 3, (96, 32): 2, (64, 64): 2}")
+    paths = sorted(pictures(9).iterdir())
+    dataset.add_images("class", "--class_data_dir", paths, ["a dog"] * 9)
     for processes in (1, 2):
-        batches = list(script.EpochSampler(dataset, 2, processes, 0))
-        used = Counter(index for batch in batches for _, index, weight in batch if weight)
+        batches = list(script.EpochSampler(dataset.args, dataset, processes))
+        used = Counter(index for batch in batches for _, index, copy in batch if not copy)
         assert used == Counter(range(9))  # nine class images; instance images 0 and 1 meet two of them
+        assert {len(batch) for batch in batches} == {2}
         for place in range(0, len(batches), processes):
-            shapes = [
-                script.collate([dataset[p] for p in batch])["data"].shape for batch in batches[place:][:processes]
-            ]
-            assert len(set(shapes)) == 1, "the processes are in step"
+            group = batches[place : place + processes]
+            shapes = {script.collate([dataset[p] for p in batch])["data"].shape for batch in group}
+            assert len(group) == processes and len(shapes) == 1, "the processes are in step"
     for index in range(9):
-        assert {example["data"].shape[1:] for example in dataset[0, index, 1.0]} == {sizes[index % 7]}
+        assert {example["data"].shape[1:] for example in dataset[0, index, 0]} == {dataset.sizes[index % 7]}
 
 
-def test_caption_dropout(script, argv, monkeypatch, run, pictures, said):
-    args, images, prompts, sizes = prompts_of(script, argv, instance_data_dir=pictures(4), caption_dropout=0.25)
-    dataset = script.DreamBoothDataset(args, images, prompts, sizes)
+def test_caption_dropout(script, read, monkeypatch, run, pictures):
+    dataset = read(instance_data_dir=pictures(4), caption_dropout=0.25)
     dataset.pixels = lambda *key: None
-    drawn = Counter(dataset[epoch, index, 1.0][0]["prompt"] for epoch in range(400) for index in range(4))
+    drawn = Counter(dataset[epoch, index, 0][0]["prompt"] for epoch in range(400) for index in range(4))
     assert drawn.keys() == {"", "a photo of sks dog"}
     assert drawn[""] / 1600 == pytest.approx(0.25, abs=0.04)
-    encoded, encode_text = [], script.encode_text
+    encoded, encode = [], script.PromptTable.encode
     monkeypatch.setattr(
-        script, "encode_text", lambda n, e, ids: encoded.append((n, ids.tolist())) or encode_text(n, e, ids)
+        script.PromptTable, "encode", lambda *inputs, **kw: encoded.append(inputs[1]) or encode(*inputs, **kw)
     )
     run(script, caption_dropout=0.9, max_train_steps=4)
-    assert len(encoded) == 6, "two prompts by three encoders, each once"
+    assert sorted(encoded) == [""] * 3 + ["a photo of sks dog"] * 3, "by each encoder once"
 
 
-def test_held_out_loss_is_a_curve_without_noise(script, run, pictures):
+def test_held_out_loss_is_a_curve_without_noise(script, run, pictures, monkeypatch):
     """Weights that stand still have the same loss each time; that of the updates jumps."""
+    rows = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: rows.append(dict(values)))
     flags = {"validation_data_dir": pictures(2, seed=7), "validation_epochs": 1, "num_train_epochs": 3}
     out = run(script, **flags, max_train_steps=None, learning_rate=0)
-    rows = [json.loads(line) for line in (out / "logs/scalars.jsonl").read_text().splitlines()]
     held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    assert len(held_out) >= 3
+    assert len(held_out) == 3
     assert len(set(held_out)) == 1
     assert len({row["loss"] for row in rows if "loss" in row}) == 6
     assert not (out / script.ENCODED).exists()
 
 
-def test_tensors_on_the_disk(script, argv, tmp_path):
-    args = script.parse_args(argv())
-    table = script.TensorFile(args)
-    whole, half = torch.arange(12.0).view(1, 3, 4), torch.arange(4).bfloat16().view(1, 4)
-    table["a"] = whole, half
-    table["b"] = half.expand(3, 4), None
-    for key, expected in (("b", (half.expand(3, 4), None)), ("a", (whole, half))):
-        for ours, theirs in zip(table[key], expected, strict=True):
-            assert ours is theirs or torch.equal(ours, theirs) and ours.dtype == theirs.dtype
-    assert all(not isinstance(place, torch.Tensor) for _, places in table.places.values() for place in places)
+def test_tensors_on_the_disk(script, tmp_path):
+    """A key alone finds what any process has written."""
+    args = SimpleNamespace(output_dir=tmp_path)
+    tensors = {"states": torch.arange(12.0).view(1, 3, 4), "pooled": torch.arange(4).bfloat16().expand(3, 4)}
+    script.TensorFolder(args, "text")["a/b\n\U0001f436" * 100] = tensors
+    found = script.TensorFolder(args, "text")["a/b\n\U0001f436" * 100]
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+    with pytest.raises(FileNotFoundError):
+        script.TensorFolder(args, "other")["a/b\n\U0001f436" * 100]
 
 
-def test_dry_run(script, run, argv, monkeypatch, capsys, tmp_path, said):
-    """Everything is read but the weights, and the sizes are those that a run then has."""
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """A JPEG of twelve megapixels, with a gradient and stripes."""
+    path = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    x, y = np.arange(4000)[None, :, None], np.arange(3000)[:, None, None]
+    waves = np.array([90.0, 150.0, 210.0])
+    Image.fromarray((127 + 120 * np.sin(x / waves) * np.cos(y / waves)).astype(np.uint8)).save(path, quality=95)
+    return path
+
+
+def test_a_photo_is_decoded_no_larger_than_it_has_to_be(script, photo):
+    """JPEG's own halves, as many as leave the shorter side long enough; pixels are those of the whole photo."""
+    sizes = {reach: script.open_image(photo, reach, 0).size for reach in (300, 512, 1024, 1600)}
+    assert sizes == {300: (500, 375), 512: (1000, 750), 1024: (2000, 1500), 1600: (4000, 3000)}
+    drafted = script.scale_image(script.open_image(photo, 512, 0), (512, 512)).astype(float)
+    whole = script.scale_image(script.open_image(photo, 3000, 0), (512, 512)).astype(float)
+    assert drafted.shape == (512, 682, 3)
+    assert np.abs(drafted - whole).mean() < 1
+
+
+@pytest.mark.parametrize(("room", "opened"), [(2**30, 1), (256 * 341 * 3, 1), (256 * 341 * 3 - 1, 4)])
+def test_scaled_photos_stay_in_memory_as_long_as_there_is_room(script, read, photo, monkeypatch, room, opened):
+    """So that no epoch after the first decodes them; what it gives is the same."""
+    calls, open_image = [], script.open_image
+    monkeypatch.setattr(script, "open_image", lambda *inputs: calls.append(1) or open_image(*inputs))
+    monkeypatch.setattr(script, "KEPT_BYTES", room)
+    dataset = read(instance_data_dir=photo.parent, resolution=256)
+    crops = [dataset[epoch, 0, 0][0]["data"] for epoch in range(3)]
+    assert len(calls) == opened
+    assert dataset.kept_bytes == sum(pixels.nbytes for pixels in dataset.scaled.values()) <= room
+    scaled = script.scale_image(open_image(photo, 256, 0), (256, 256))
+    for epoch, crop in enumerate(crops):
+        seed = script.derive_seed(script.derive_seed(0, "instance", epoch, 0), "crop")
+        generator = torch.Generator().manual_seed(seed)
+        assert torch.equal(crop, script.crop_image(scaled, (256, 256), generator, False, False))
+
+
+def test_dry_run(script, run, monkeypatch, capsys, tmp_path, said):
+    """Everything is read but the weights, nothing is created, and the numbers are those that a run then has."""
     paint(tmp_path / "data", [(64, 64), (64, 32), (32, 64)])
     (tmp_path / "data/a.txt").write_text("a photo of sks dog " * 30)
     flags = {"instance_data_dir": tmp_path / "data", "num_train_epochs": 4, "max_train_steps": None}
-    flags |= {"checkpointing_steps": 12, "train_batch_size": 2, "train_text_encoder": True}
+    flags |= {"train_batch_size": 2, "train_text_encoder": True}
     with monkeypatch.context() as patch:
-        patch.setattr(script, "load_frozen", None)
         patch.setattr(script, "load_trained", None)
+        patch.setattr(script, "encode_once", None)
+        patch.setattr(script, "open_repository", None)
         class_images = {"class_data_dir": tmp_path / "none", "class_prompt": "a dog", "num_class_images": 5}
         run(script, **flags, **class_images, with_prior_preservation=True, dry_run=True)
         assert "updates: 12, which is 4.0 epochs of 3\n" in capsys.readouterr().out
-        assert not (tmp_path / "none").exists()
-        flags["max_train_steps"] = 12
-        out = run(script, **flags, dry_run=True)
+        assert list((tmp_path / "none").iterdir()) == []
+        out = run(script, **flags, dry_run=True, push_to_hub=True)
     text = capsys.readouterr().out
+    assert "updates: 8, which is 4.0 epochs of 2\n" in text
     assert any(line.endswith("2 different prompts, 1 of them cut") for line in said.messages)
-    assert {path.name for path in out.iterdir()} <= {"dry_run.png", ".encoded"}
-    assert "3 of 3 pictures, cropped as in the first epoch" in text
+    assert {path.name for path in out.iterdir()} == {"dry_run.png"}
+    assert f"drawn:   {out / 'dry_run.png'}, cropped as in the first epoch" in text
     pixels = Image.open(out / "dry_run.png").convert("RGB")
-    assert {pixels.getpixel((104 + 208 * column, 190)) for column in (0, 1)} == {(0, 0, 0), (20, 20, 20)}
-    counts, make_optimizer = [], script.make_optimizer
+    assert {pixels.getpixel((104 + 208 * column, 20)) for column in (0, 1)} == {(0, 0, 0), (20, 20, 20)}
+    counts, points, make_optimizer, log_update = [], [], script.make_optimizer, script.log_update
 
     def counted(args, accelerator, trained):
         counts.append(sum(p.numel() for model in trained.values() for p in script.trained_parameters(model)))
         return make_optimizer(args, accelerator, trained)
 
     monkeypatch.setattr(script, "make_optimizer", counted)
+    monkeypatch.setattr(script, "log_update", lambda *rest: points.append(rest[-1]) or log_update(*rest))
     run(script, **flags)
     assert f"trained: {counts[0]:,} parameters of transformer, text_encoder, text_encoder_2" in text
-    found = re.search(r"written: ([\d.]+) (.)B at the end, ([\d.]+) (.)B a checkpoint \(1 of", text).groups()
-    end, each = (float(found[n]) * {"k": 1e3, "M": 1e6}[found[n + 1]] for n in (0, 2))
-    files = {path.relative_to(out): path.stat().st_size for path in out.rglob("*") if path.is_file()}
-    saved = sum(size for path, size in files.items() if path.parts[0] == "checkpoint-12")
-    result = sum(s for path, s in files.items() if path.suffix == ".safetensors" and path.parts[0] != "checkpoint-12")
-    assert 0.9 * end < result < 3 * end
-    assert 0.9 * each < saved < 3 * each
-
-
-def test_a_dry_run_makes_no_repository(script, argv, monkeypatch, refused_repository):
-    args = script.parse_args(argv(push_to_hub=True, hub_model_id="group/dog", dry_run=True))
-    with isolated():
-        accelerator = script.start_accelerator(args)
-        assert script.open_repository(args, accelerator) == "group/dog"
-        args.hub_model_id = "stranger/dog"
-        with pytest.raises(SystemExit, match="2"):
-            script.open_repository(args, accelerator)
-
-
-@pytest.fixture
-def refused_repository(monkeypatch):
-    user = {"name": "user", "orgs": [{"name": "group"}]}
-    monkeypatch.setattr(huggingface_hub, "whoami", lambda **_: user)
-    monkeypatch.setattr(huggingface_hub, "repo_exists", lambda *_, **__: False)
-    monkeypatch.setattr(huggingface_hub, "create_repo", None)
-
-
-@pytest.mark.slow
-def test_estimate_of_peak_memory(script, script_path, argv):
-    words = argv(train_batch_size=2)
-    dry = subprocess.run(
-        [sys.executable, script_path, *words, "--dry_run"], capture_output=True, text=True, check=True
-    )
-    code = "import pathlib, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
-    code += "print(pathlib.Path('/proc/self/status').read_text())"  # ru_maxrss would begin with this process's memory
-    done = subprocess.run(
-        [sys.executable, "-c", code, script_path, *words], capture_output=True, text=True, check=True
-    )
-    measured = int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) * 1024
-    number, scale = re.search(r"memory:  about ([\d.]+) (.)B", dry.stdout).groups()
-    estimate = float(number) * {"M": 1e6, "G": 1e9}[scale]
-    assert estimate == pytest.approx(measured, rel=0.2)
+    assert points == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -18,9 +18,9 @@ def test_average_of_the_updates(script, kind, run, monkeypatch, tmp_path):
     steps = [load_file(plain / f"checkpoint-{n}" / WEIGHTS[kind]) for n in (1, 2, 3)]
     seen, validate = [], script.validate
 
-    def look(args, accelerator, trained, *rest, **options):
-        seen.append({name: p.detach().clone() for name, p in trained["transformer"].named_parameters()})
-        return validate(args, accelerator, trained, *rest, **options)
+    def look(args, accelerator, embed, *rest, **options):
+        seen.append({name: p.detach().clone() for name, p in embed.trained["transformer"].named_parameters()})
+        return validate(args, accelerator, embed, *rest, **options)
 
     monkeypatch.setattr(script, "validate", look)
     output = run(script, max_train_steps=3, checkpointing_steps=1, validation_epochs=1, repeats=1, **FLAGS)
@@ -36,7 +36,7 @@ def test_average_of_the_updates(script, kind, run, monkeypatch, tmp_path):
         assert all(
             torch.equal(v, steps[n - 1][k]) for k, v in load_file(output / f"checkpoint-{n}" / WEIGHTS[kind]).items()
         )
-    assert len(seen) == 3  # after each of two epochs, and at the end
+    assert len(seen) == 2  # after the first of two epochs, and at the end
     transformer = {key.removeprefix("transformer."): value for key, value in result.items()}
     for name, value in seen[-1].items():
         name = name.replace(".default", "")
@@ -51,14 +51,6 @@ def test_resumed_average_is_that_of_the_uninterrupted_run(optimizer, script, kin
     run(script, max_train_steps=2, **flags)
     parts = run(script, max_train_steps=4, resume_from_checkpoint="latest", **flags)
     assert (parts / WEIGHTS[kind]).read_bytes() == (whole / WEIGHTS[kind]).read_bytes()
-
-
-@pytest.mark.parametrize("changes", [{"use_ema": False}, {"ema_decay": 0.5}])
-def test_resuming_with_another_average_is_refused(changes, full, run, capsys):
-    run(full, max_train_steps=1, checkpointing_steps=1, **FLAGS)
-    with pytest.raises(SystemExit):
-        run(full, max_train_steps=2, resume_from_checkpoint="latest", **(FLAGS | changes))
-    assert f"--{next(iter(changes))} " in capsys.readouterr().err
 
 
 def test_full_result_loads(full, run):

@@ -1,10 +1,8 @@
 """A run imports what it needs: no tracker, no reader of datasets, no optimizer that it does not use."""
 
-import re
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT
 
 RUN = f"""
@@ -26,22 +24,3 @@ def test_a_plain_run_imports_no_optional_package(lora, argv):
     imported = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
     assert {"torch", "diffusers", "safetensors"} <= imported
     assert imported & set(UNUSED.split()) == set()
-
-
-@pytest.mark.parametrize("flags", [[], ["--use_8bit_adam"]])
-def test_bitsandbytes_is_imported_for_a_flag_alone(script, argv, flags):
-    command = [sys.executable, "-X", "importtime", script.__file__, *argv(), "--dry_run", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert bool(re.search(r"\| +bitsandbytes\.functional$", done.stderr, re.MULTILINE)) == bool(flags)
-
-
-def test_a_base_that_may_be_quantised_needs_bitsandbytes(script, argv, tmp_path):
-    args = script.parse_args(argv())
-    assert not script.needs_bitsandbytes(args)
-    args.pretrained_model_name_or_path = "someone/sd3"
-    assert script.needs_bitsandbytes(args)
-    (tmp_path / "transformer").mkdir()
-    (tmp_path / "transformer/config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
-    args.pretrained_model_name_or_path = str(tmp_path)
-    assert script.needs_bitsandbytes(args)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import math
 from types import SimpleNamespace
 
@@ -52,9 +53,10 @@ def test_prompt_table_equals_the_pipeline(script, checkpoints, argv, t5, trained
         ours, ours_pooled = table(batch)
     torch.testing.assert_close(ours, embeds, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours_pooled, pooled, rtol=1e-5, atol=1e-5)
-    assert {name: sorted(table.frozen[name].places) for name in table.frozen if name in parts} == {
-        name: sorted(PROMPTS) for name in parts if name in script.TEXT_ENCODERS and name not in names
-    }
+    frozen = [name for name in script.TEXT_ENCODERS if name in parts and name not in names]
+    assert list(table.tables) == frozen
+    for encoded in table.tables.values():
+        assert len(list(encoded.folder.iterdir())) == len(PROMPTS), "each prompt once"
 
 
 # Loss: the formulas of the SD3 paper (arXiv 2403.03206, sections 2 and 3.1) in float64, an image at a time.
@@ -95,9 +97,8 @@ def stand_in(hidden_states, timestep, encoder_hidden_states, pooled_projections,
 
 
 @pytest.fixture(scope="module")
-def levels():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return scheduler.timesteps, scheduler.sigmas
+def scheduler():
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -112,32 +113,28 @@ def images():
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("precondition", [0, 1])
 @pytest.mark.parametrize("prior", [None, 0.0, 0.3])
-def test_loss_equals_the_paper(script, levels, images, scheme, precondition, prior):
-    args = SimpleNamespace(
-        weighting_scheme=scheme, precondition_outputs=precondition, with_prior_preservation=prior is not None
-    )
+def test_loss_equals_the_paper(script, scheduler, images, scheme, precondition, prior):
+    args = SimpleNamespace(weighting_scheme=scheme, precondition_outputs=precondition)
+    args.with_prior_preservation, args.prior_loss_weight = prior is not None, prior
     inputs = (images[name] for name in ("latents", "noise", "u", "embeds", "pooled"))
-    losses = script.flow_losses(args, stand_in, levels, *inputs)
+    losses = script.flow_losses(args, stand_in, scheduler, *inputs)
     expected = [paper_loss(scheme, precondition, {k: v[i] for k, v in images.items()}) for i in range(6)]
     assert losses.shape == (6,) and losses.dtype == torch.float32
     np.testing.assert_allclose(losses.numpy(), expected, rtol=2e-4)
 
-    weights = torch.tensor([1.5, 1.5, 0.0, 1.0, 1.25, 0.75])
-    means = script.split_losses(args, losses, weights)
-    weighted = np.multiply(expected, weights)
-    split = [weighted.mean(), 0.0] if prior is None else [weighted[:3].mean(), weighted[3:].mean()]
-    np.testing.assert_allclose(means.numpy(), split, rtol=2e-4)
+    minimised = np.mean(expected) if prior is None else np.mean(expected[:3]) + prior * np.mean(expected[3:])
+    np.testing.assert_allclose(script.mean_loss(args, losses).item(), minimised, rtol=2e-4)
 
 
-def test_loss_of_a_half_precision_transformer_is_float32(script, levels, images):
+def test_loss_of_a_half_precision_transformer_is_float32(script, scheduler, images):
     args = SimpleNamespace(weighting_scheme="sigma_sqrt", precondition_outputs=0)
 
     def half(**inputs):
         return (stand_in(**inputs)[0].half(),)
 
     inputs = [images[name] for name in ("latents", "noise", "u", "embeds", "pooled")]
-    losses = script.flow_losses(args, half, levels, *inputs)
-    exact = script.flow_losses(args, stand_in, levels, *inputs)
+    losses = script.flow_losses(args, half, scheduler, *inputs)
+    exact = script.flow_losses(args, stand_in, scheduler, *inputs)
     assert losses.dtype == torch.float32
     assert exact.max() > 65504, "the weight of the lowest sigma overflows float16"
     torch.testing.assert_close(losses, exact, rtol=2e-3, atol=0)
@@ -175,7 +172,7 @@ def test_backward_gets_the_weighted_sum(script, run, pictures, monkeypatch, prio
     halves = [np.split(row, 2) if prior else (row, np.zeros(1)) for row in rows]
     instance, klass = ([half[i].mean() for half in halves] for i in range(2))
     expected = np.add(instance, 0.3 * np.array(klass))
-    assert [len(half[0]) for half in halves] == ([2, 2] if accumulation == 1 else [2, 2, 1, 2, 2, 1])
+    assert [len(half[0]) for half in halves] == [2] * 2 * accumulation
     np.testing.assert_allclose(totals, expected, rtol=1e-5)
     assert len(points) == 2
     for point, first in zip(points, range(0, len(rows), accumulation), strict=True):
@@ -191,28 +188,30 @@ def test_backward_gets_the_weighted_sum(script, run, pictures, monkeypatch, prio
 # Draws.
 
 
-def density(script, scheme, count, **numbers):
-    args = SimpleNamespace(
-        **{"weighting_scheme": scheme, "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29} | numbers
-    )
-    return script.draw_density(args, count, torch.Generator().manual_seed(1)).double()
+DENSITIES = {
+    "logit_normal": lambda args, g: torch.sigmoid(args.logit_mean + args.logit_std * torch.randn(1, generator=g)),
+    "mode": lambda args, g: mode_density(args.mode_scale, torch.rand(1, generator=g)),
+    "sigma_sqrt": lambda args, g: torch.rand(1, generator=g),
+    "cosmap": lambda args, g: torch.rand(1, generator=g),
+}
 
 
-def test_density_draws(script):
-    count = 100_000
-    logits = torch.logit(density(script, "logit_normal", count, logit_mean=-0.4, logit_std=0.7))
-    assert logits.mean() == pytest.approx(-0.4, abs=0.01) and logits.std() == pytest.approx(0.7, abs=0.01)
-    middle = ((logits + 0.4).abs() < 0.7).double().mean()
-    assert middle == pytest.approx(0.6827, abs=0.005), "of a normal density, 68.27 % lie within a deviation"
+def mode_density(scale, v):
+    return 1 - v - scale * (torch.cos(math.pi / 2 * v) ** 2 - 1 + v)
 
-    for scheme in ("sigma_sqrt", "cosmap"):
-        uniform = density(script, scheme, count)
-        quantiles = torch.quantile(uniform, torch.linspace(0, 1, 11, dtype=torch.float64))
-        assert (quantiles - torch.linspace(0, 1, 11, dtype=torch.float64)).abs().max() < 0.01
 
-    v = torch.rand(count, generator=torch.Generator().manual_seed(1)).double()
-    mode = 1 - v - 0.8 * (torch.cos(math.pi / 2 * v) ** 2 - 1 + v)
-    torch.testing.assert_close(density(script, "mode", count, mode_scale=0.8), mode, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_density_draws(script, scheme):
+    """Formulas of the paper, section 3.1, on what an image's generator draws after its latent and noise."""
+    args = SimpleNamespace(weighting_scheme=scheme, logit_mean=-0.4, logit_std=0.7, mode_scale=0.8)
+    config, seeds = SimpleNamespace(shift_factor=0.0, scaling_factor=1.0), range(50)
+    *_, u = script.draw_latents(args, config, torch.ones(50, 6, 2, 2), seeds, torch.device("cpu"))
+    expected = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        torch.randn(2, 3, 2, 2, generator=generator)
+        expected.append(DENSITIES[scheme](args, generator))
+    torch.testing.assert_close(u, torch.cat(expected), rtol=0, atol=1e-6)
 
 
 def moments_of(count):
@@ -223,7 +222,8 @@ def moments_of(count):
 
 def draws(script, moments, seeds):
     args = SimpleNamespace(weighting_scheme="logit_normal", logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
-    return script.draw_latents(args, SimpleNamespace(shift_factor=0.5, scaling_factor=2.0), moments, seeds)
+    config = SimpleNamespace(shift_factor=0.5, scaling_factor=2.0)
+    return script.draw_latents(args, config, moments, seeds, torch.device("cpu"))
 
 
 def test_draws_belong_to_the_image_not_to_the_batch(script):
@@ -249,17 +249,21 @@ def test_latents_are_samples_of_the_posterior(script):
     assert (sample * noise).mean() == pytest.approx(0, abs=0.01)
 
 
-def test_seeds_differ_by_kind_epoch_and_index(script, pictures, argv):
-    args = script.parse_args(argv(seed=3, class_prompt="dog", repeats=2, random_flip=True))
-    paths, _ = script.list_images(pictures())
-    inputs = args, paths, ["sks"] * len(paths), [(32, 32)] * len(paths), paths
-    dataset, again = script.DreamBoothDataset(*inputs), script.DreamBoothDataset(*inputs)
-    places = [(epoch, index, 1.0) for epoch in range(3) for index in range(len(dataset))]
+def test_seeds_differ_by_kind_epoch_index_and_copy(script, pictures, argv, monkeypatch):
+    monkeypatch.setattr(script, "log", logging.getLogger("data"))
+    args = script.parse_args(argv(seed=3, repeats=2, random_flip=True))
+    datasets = [script.read_instances(args) for _ in range(2)]
+    for dataset in datasets:
+        images = script.list_images(pictures())
+        dataset.add_images("class", "--class_data_dir", images, ["dog"] * len(images))
+    dataset, again = datasets
+    places = list(itertools.product(range(3), range(len(dataset)), range(3)))
     examples = [example for place in places for example in dataset[place]]
     assert len({example["seed"] for example in examples}) == 2 * len(places)
-    for one, other in zip(dataset[1, 2, 1.0], again[1, 2, 1.0], strict=True):
+    for one, other in zip(dataset[1, 2, 0], again[1, 2, 0], strict=True):
         assert one["seed"] == other["seed"] and torch.equal(one["data"], other["data"])
-    assert not torch.equal(dataset[1, 2, 1.0][0]["data"], dataset[2, 2, 1.0][0]["data"])
+    for other in (dataset[2, 2, 0], dataset[1, 2, 1]):
+        assert not torch.equal(dataset[1, 2, 0][0]["data"], other[0]["data"])
 
 
 # Learning rate.
@@ -335,8 +339,8 @@ def test_rates_of_two_processes(lora, argv, launch, pictures, tmp_path):
     done = launch(lora.__file__, argv(**flags), processes=2)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "out" / "checkpoint-6" / "dreambooth.json").read_text())
-    assert manifest["flags"]["processes"] == 2
-    events = EventAccumulator(str(tmp_path / "out" / "logs" / lora.PROJECT)).Reload()
+    assert manifest["run"]["processes"] == 2
+    events = EventAccumulator(str(tmp_path / "out" / "logs" / "dreambooth-sd3-lora")).Reload()
     logged = events.Scalars("lr")
     rates, after = reference_rates("linear", 1e-3, 6)
     assert [point.step for point in logged] == [1, 2, 3, 4, 5, 6]
@@ -363,16 +367,17 @@ def test_crop_equals_resize_then_crop(script, size, center):
         square = whole[:, top : top + target, left : left + target]
         mirrored.append(mirror < 0.5)
         expected = square.flip(-1) if mirrored[-1] else square
-        ours = script.crop_image(image, (target, target), torch.Generator().manual_seed(seed), center, flip=True)
+        pixels = script.scale_image(image, (target, target))
+        ours = script.crop_image(pixels, (target, target), torch.Generator().manual_seed(seed), center, flip=True)
         assert ours.shape == (3, target, target) and ours.dtype == torch.float32
         assert ((ours + 1) * 127.5 - expected).abs().max() < 1.6, "pixels are rounded twice, after either direction"
-        plain = script.crop_image(image, (target, target), torch.Generator().manual_seed(seed), center, flip=False)
+        plain = script.crop_image(pixels, (target, target), torch.Generator().manual_seed(seed), center, flip=False)
         assert torch.equal(plain, ours.flip(-1) if mirrored[-1] else ours)
     assert {True, False} == set(mirrored)
 
 
 def test_random_crops_reach_both_ends_and_half_are_mirrored(script):
-    ramp = Image.fromarray(np.repeat(np.arange(80, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2))
+    ramp = np.repeat(np.arange(80, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2)
     lefts, mirrored = set(), 0
     for seed in range(400):
         crop = (script.crop_image(ramp, (64, 64), torch.Generator().manual_seed(seed), False, True) + 1) * 127.5
@@ -385,39 +390,9 @@ def test_random_crops_reach_both_ends_and_half_are_mirrored(script):
 
 def test_crop_ends_at_minus_one_and_one(script):
     for colour, value in (("black", -1.0), ("white", 1.0)):
-        crop = script.crop_image(Image.new("RGB", (40, 50), colour), (16, 16), torch.Generator(), False, False)
+        pixels = script.scale_image(Image.new("RGB", (40, 50), colour), (16, 16))
+        crop = script.crop_image(pixels, (16, 16), torch.Generator(), False, False)
         assert torch.equal(crop, torch.full((3, 16, 16), value))
-
-
-def palette(transparency=None):
-    image = Image.new("P", (2, 2), 1)
-    image.putpalette([0, 0, 0, 200, 100, 50])
-    if transparency is not None:
-        image.info["transparency"] = transparency
-    return image
-
-
-PIXELS = {
-    "L": (Image.new("L", (2, 2), 77), (77, 77, 77)),
-    "1": (Image.new("1", (2, 2), 1), (255, 255, 255)),
-    "LA": (Image.new("LA", (2, 2), (0, 0)), (255, 255, 255)),
-    "RGBA, half transparent": (Image.new("RGBA", (2, 2), (0, 100, 255, 128)), (127, 177, 255)),
-    "RGBA, opaque": (Image.new("RGBA", (2, 2), (1, 2, 3, 255)), (1, 2, 3)),
-    "P": (palette(), (200, 100, 50)),
-    "P, transparent": (palette(1), (255, 255, 255)),
-    "CMYK": (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
-    "I;16": (Image.fromarray(np.full((2, 2), 257 * 77, np.uint16)), (77, 77, 77)),
-    "I;16, white": (Image.fromarray(np.full((2, 2), 65535, np.uint16)), (255, 255, 255)),
-    "I": (Image.fromarray(np.full((2, 2), 257 * 200, np.int32)), (200, 200, 200)),
-}
-
-
-@pytest.mark.parametrize("name", PIXELS)
-def test_to_rgb(script, name):
-    image, expected = PIXELS[name]
-    ours = script.to_rgb(image)
-    assert (ours.mode, ours.size) == ("RGB", (2, 2))
-    np.testing.assert_allclose(ours.getpixel((1, 1)), expected, atol=1)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -425,70 +400,76 @@ def test_sixteen_bits_and_transparency_from_a_file(script, tmp_path, suffix):
     path = tmp_path / f"deep{suffix}"
     values = np.array([[0, 257 * 10], [257 * 128, 65535]], np.uint16)
     Image.fromarray(values).save(path)
-    np.testing.assert_allclose(np.array(script.open_image(path))[..., 0], values / 257, atol=1)
+    np.testing.assert_allclose(np.array(script.open_image(path, 2, 0))[..., 0], values / 257, atol=1)
     if suffix == ".png":
         Image.fromarray(values).save(path, transparency=257 * 10)
         expected = np.where(values == 257 * 10, 255, values / 257)
-        np.testing.assert_allclose(np.array(script.open_image(path))[..., 0], expected, atol=1)
-
-
-def test_exif_rotation_is_applied(script, tmp_path):
-    image = Image.new("RGB", (4, 2), "black")
-    image.putpixel((0, 0), (255, 0, 0))
-    exif = image.getexif()
-    exif[0x0112] = 6  # the camera was turned: the left top is the right top
-    image.save(tmp_path / "turned.png", exif=exif)
-    upright = script.open_image(tmp_path / "turned.png")
-    assert upright.size == (2, 4)
-    assert upright.getpixel((1, 0)) == (255, 0, 0)
+        np.testing.assert_allclose(np.array(script.open_image(path, 2, 0))[..., 0], expected, atol=1)
 
 
 # Order.
 
 
 class Items:
-    """As much of a dataset as a sampler asks for: a length, and one size for all."""
+    """As much of a dataset as a sampler asks for: a length, and the size of each, one of `sizes`."""
 
-    def __init__(self, length):
-        self.length = length
+    def __init__(self, length, sizes=1):
+        self.length, self.sizes = length, sizes
 
     def __len__(self):
         return self.length
 
     def size(self, index):
-        return 32, 32
+        return 32, 32 + 16 * (index % self.sizes)
+
+
+def sampler_of(script, items, batch, processes, accumulation=1, seed=5):
+    args = SimpleNamespace(seed=seed, train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    return script.EpochSampler(args, items, processes)
+
+
+def indices(batches):
+    return [index for places in batches for _, index, copy in places if copy == 0]
 
 
 SAMPLERS = list(itertools.product([1, 4, 7, 12], [1, 2, 3], [1, 2, 3]))
 
 
+@pytest.mark.parametrize("sizes", [1, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(("length", "batch", "processes"), SAMPLERS)
-def test_epoch_sampler(script, length, batch, processes):
-    """Every index once an epoch; the mean over processes of a group's weighted means is the mean over its images."""
-    sampler = script.EpochSampler(Items(length), batch, processes, seed=5)
-    losses = np.random.default_rng(0).random(length)
+def test_epoch_sampler(script, length, batch, processes, accumulation, sizes):
+    """Every index once an epoch, in batches of one size; they are full, and so are updates, by copies of the last."""
+    items = Items(length, sizes)
+    sampler = sampler_of(script, items, batch, processes, accumulation)
     epochs = []
     for epoch in range(3):
         sampler.epoch, sampler.start = epoch, 0
         batches = list(sampler)
-        assert len(batches) == len(sampler) and len(batches) % processes == 0
+        assert len(batches) == len(sampler) and len(batches) % (processes * accumulation) == 0
+        assert {len(places) for places in batches} == {batch}
         assert {place[0] for places in batches for place in places} == {epoch}
-        counted = [index for places in batches for _, index, weight in places if weight > 0]
-        assert sorted(counted) == list(range(length))
-        epochs.append(counted)
+        epochs.append(indices(batches))
+        assert sorted(epochs[-1]) == list(range(length))
+        all_places = [place for places in batches for place in places]
+        assert len(set(all_places)) == len(all_places), "a copy is drawn anew"
         for first in range(0, len(batches), processes):
             group = batches[first : first + processes]
-            assert len({len(places) for places in group}) == 1 and len(group[0]) <= batch
-            means = [np.mean([weight * losses[index] for _, index, weight in places]) for places in group]
-            images = [losses[index] for places in group for _, index, weight in places if weight > 0]
-            assert np.mean(means) == pytest.approx(np.mean(images))
+            assert len({items.size(index) for places in group for _, index, _ in places}) == 1
         for start in range(len(batches) // processes + 1):
             sampler.start = start
             assert list(sampler) == batches[start * processes :]
-    if length > 4:
+    if length > 4 * min(sizes, 2):
         assert len({tuple(order) for order in epochs}) == 3, "each epoch has an order of its own"
-    again = script.EpochSampler(Items(length), batch, processes, seed=5)
-    assert [index for places in again for _, index, weight in places if weight > 0] == epochs[0]
-    if length > 4:
-        other = script.EpochSampler(Items(length), batch, processes, seed=6)
-        assert [index for places in other for _, index, weight in places if weight > 0] != epochs[0]
+        assert indices(sampler_of(script, items, batch, processes, accumulation, seed=6)) != epochs[0]
+    assert indices(sampler_of(script, items, batch, processes, accumulation)) == epochs[0]
+
+
+def test_updates_have_the_same_images_however_they_are_shared_out(script):
+    """Twelve an update, of seventeen images in three sizes."""
+    shares = [(12, 1, 1), (6, 2, 1), (6, 1, 2), (2, 3, 2), (1, 4, 3), (3, 1, 4)]
+    updates = []
+    for batch, processes, accumulation in shares:
+        places = [place for batch in sampler_of(script, Items(17), batch, processes, accumulation) for place in batch]
+        updates.append([places[first : first + 12] for first in range(0, len(places), 12)])
+    assert updates == updates[:1] * len(shares)

@@ -10,8 +10,15 @@ from importlib.metadata import version
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.version import Version
 
-REQUIREMENTS = [line for line in (ROOT / "requirements_sd3.txt").read_text().splitlines() if not line.startswith("#")]
+
+def read_requirements(path):
+    return [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+
+
+REQUIREMENTS = read_requirements(ROOT / "requirements_sd3.txt")
 
 
 def inline_metadata(source):
@@ -24,7 +31,7 @@ def inline_metadata(source):
 
 def test_metadata_is_the_requirements(script_path):
     metadata = inline_metadata(script_path.read_text())
-    assert metadata["dependencies"] == [line for line in REQUIREMENTS if line]
+    assert sorted(metadata["dependencies"]) == sorted(REQUIREMENTS)
     assert metadata["requires-python"] == ">=3.11"  # as ruff's target and the Makefile have it
     assert 'target-version = "py311"' in (ROOT / "pyproject.toml").read_text()
 
@@ -53,10 +60,31 @@ def test_sbatch_requeues_a_run_that_its_signal_stopped(tmp_path):
         assert (done.stdout == "requeue 7\n") is requeued
 
 
-def test_requirements_are_what_is_installed():
-    """The versions that the tests ran with are those that are promised."""
-    pinned = dict(line.split("==") for line in REQUIREMENTS if line)
-    assert {name: version(name).split("+")[0] for name in pinned} == pinned
+def test_each_set_of_constraints_has_a_version_of_each_requirement():
+    """Within its range; the oldest is at the floors."""
+    ranges = {requirement.name: requirement.specifier for requirement in map(Requirement, REQUIREMENTS)}
+    for path in ROOT.glob("constraints*.txt"):
+        pinned = dict(line.split("==") for line in read_requirements(path))
+        assert pinned.keys() == ranges.keys(), path.name
+        assert all(ranges[name].contains(number) for name, number in pinned.items()), path.name
+        assert pinned["torch"] == "2.13.0"
+    oldest = dict(line.split("==") for line in read_requirements(ROOT / "constraints-oldest.txt"))
+    floors = {name: Version(one.version) for name in ranges for one in ranges[name] if one.operator == ">="}
+    assert {name: Version(oldest[name]) for name in floors if name != "torch"} == {
+        name: floor for name, floor in floors.items() if name != "torch"
+    }
+
+
+@pytest.mark.oldest
+def test_what_is_installed_is_what_an_environment_of_make_has():
+    """The versions that the tests run with are those that are named."""
+    sets = [dict(line.split("==") for line in read_requirements(path)) for path in ROOT.glob("constraints*.txt")]
+    assert {name: version(name).split("+")[0] for name in sets[0]} in sets
+
+
+def test_the_newest_changes_are_those_of_the_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == project["version"]
 
 
 def test_a_script_imports_nothing_of_the_repository(script_path, tmp_path):

@@ -6,6 +6,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("few_steps")  # the runs and diffusers' pipeline alike
+
 SIZE, IMAGES, PROMPT, TEXT = 32, 2, "a photo of sks dog in a bucket", 154
 CASES = {
     "transformer": {},
@@ -60,6 +62,7 @@ def test_outputs_draw_what_the_model_in_memory_drew(script, run, checkpoints, ca
         learning_rate=1e-2,
         max_train_steps=4,
         checkpointing_steps=4,
+        validation_epochs=9,
         resolution=SIZE,
         max_sequence_length=TEXT,
         validation_prompt=PROMPT,
@@ -74,7 +77,7 @@ def test_outputs_draw_what_the_model_in_memory_drew(script, run, checkpoints, ca
 
     trained = ["transformer"]
     if "train_text_encoder" in case:
-        trained += [name for name in script.TRAINED_ENCODERS if (base / name).is_dir()]
+        trained += [name for name in script.TEXT_ENCODERS if (base / name).is_dir()]
     for checkpoint in (None, output / "checkpoint-4"):
         pipeline = load_output(base, output, checkpoint, trained)
         assert np.abs(draw(pipeline) - drawn).max() <= 1, checkpoint or output
@@ -91,7 +94,7 @@ def test_a_checkpoint_is_the_result_of_a_shorter_run(script, run, tmp_path, trai
     names = ["pytorch_lora_weights.safetensors"]
     if not (short / names[0]).is_file():
         names = ["transformer/diffusion_pytorch_model.safetensors"]
-        names += [f"{name}/model.safetensors" for name in script.TRAINED_ENCODERS if train_text_encoder]
+        names += [f"{name}/model.safetensors" for name in script.TEXT_ENCODERS if train_text_encoder]
     for name in names:
         early, late, end = (load_file(path / name) for path in (long / "checkpoint-2", long / "checkpoint-4", short))
         assert early.keys() == end.keys()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, isolated
+from conftest import ROOT, SCRIPTS, isolated, load_script
+from ranks import read_files, watch_updates
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 3}
@@ -34,25 +35,11 @@ def captioned(pictures, tmp_path_factory):
     return folder
 
 
-def read_run(folder):
-    """What a run of 12 updates left: its figures by update, and the bytes of weights and images by name."""
-    rows = [json.loads(line) for line in Path(folder, "logs/scalars.jsonl").read_text().splitlines()]
-    figures = {row["step"]: row for row in rows if "loss" in row}
-    files = {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(Path(folder).rglob("*"))
-        if path.suffix in {".safetensors", ".png"} and "checkpoint-" not in str(path)
-    }
-    return figures, files
-
-
-def check_same(whole, resumed, step):
+def check_same(whole, resumed, updates, later, step):
     """The later updates, the final weights and every image drawn from `step` on are the same."""
-    figures, files = read_run(whole)
-    later, again = read_run(resumed)
-    assert sorted(later) == list(range(step + 1, 13))
-    assert later == {number: figures[number] for number in later}
-    again = {name: data for name, data in again.items() if name not in ("loss.png", "validation.png")}
+    assert [update["step"] for update in later] == list(range(step + 1, 13))
+    assert later == updates[step:]
+    files, again = read_files(whole), read_files(resumed)
     assert {"image_0.png", "image_1.png"} <= again.keys()
     assert any(name.endswith(".safetensors") for name in again)
     assert any(name.startswith("validation/step-") for name in again)
@@ -70,21 +57,25 @@ def flags_of(case, kind, folder, captioned):
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_equals_uninterrupted(script, kind, run, captioned, tmp_path, case):
     flags = flags_of(case, kind, tmp_path / "whole", captioned)
-    whole = run(script, **flags)
+    with watch_updates(script) as updates:
+        whole = run(script, **flags)
     seed = json.loads(Path(whole, "checkpoint-1/dreambooth.json").read_text())["seed"]
     assert seed == flags.get("seed", 0) or flags["seed"] is None
     for step, workers in zip((5, 6, 7), WORKERS[case], strict=True):
         again = flags | {"output_dir": tmp_path / f"from-{step}", "dataloader_num_workers": workers}
-        run(script, **again, checkpoints_total_limit=1, resume_from_checkpoint=whole / f"checkpoint-{step}")
-        check_same(whole, again["output_dir"], step)
+        again["checkpointing_steps"] = 100
+        with watch_updates(script) as later:
+            run(script, **again, resume_from_checkpoint=whole / f"checkpoint-{step}")
+        check_same(whole, again["output_dir"], updates, later, step)
 
 
 def test_a_seed_that_was_drawn_differs_from_run_to_run(script, run, captioned, tmp_path):
     """Two unseeded runs are not the same run: else the case above would show nothing."""
     losses = []
     for name in ("one", "two"):
-        run(script, seed=None, max_train_steps=1, instance_data_dir=captioned, output_dir=tmp_path / name)
-        losses.append(json.loads((tmp_path / name / "logs/scalars.jsonl").read_text().splitlines()[0])["loss"])
+        with watch_updates(script) as updates:
+            run(script, seed=None, max_train_steps=1, instance_data_dir=captioned, output_dir=tmp_path / name)
+        losses.append(updates[0]["loss"])
     assert losses[0] != losses[1]
 
 
@@ -114,68 +105,122 @@ def test_on_two_processes(argv, captioned, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {torch.load(f"{case['record']}.1", weights_only=False)["processes"] for case in cases} == {2}
-    for kind, flags, step in plan:
-        if step:
-            check_same(tmp_path / kind / "whole", flags["output_dir"], step)
+    records = [torch.load(f"{case['record']}.1", weights_only=False) for case in cases]
+    assert {record["processes"] for record in records} == {2}
+    for (kind, flags, step), record in zip(plan, records, strict=True):
+        if step is None:
+            updates = record["log_update"]
+        else:
+            check_same(tmp_path / kind / "whole", flags["output_dir"], updates, record["log_update"], step)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, checkpoints, pictures):
+    """Folders of one update with a checkpoint, by script. Do not write to them."""
+    folders = {}
+    for kind in SCRIPTS:
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        flags = {"pretrained_model_name_or_path": checkpoints(), "instance_data_dir": pictures()}
+        flags |= {"instance_prompt": "a photo of sks dog", "resolution": 32, "train_batch_size": 1, "seed": 0}
+        flags |= {"max_train_steps": 1, "checkpointing_steps": 1, "lr_warmup_steps": 0, "report_to": "none"}
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        with isolated():
+            script = load_script(kind)
+            script.main(script.parse_args([*words, "--output_dir", str(folders[kind])]))
+    return folders
+
+
+def compare(script, argv, **flags):
+    """Goes as far as a run that resumes compares itself with the checkpoint: a dry run says what it would do."""
+    with isolated():
+        script.main(script.parse_args(argv(dry_run=True, **flags)))
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"optimizer": "prodigy"}, "--optimizer 'AdamW', this run has 'prodigy'"),
-        ({"train_text_encoder": True}, "--train_text_encoder False, this run has True"),
-        ({"pretrained_model_name_or_path": "OTHER"}, "--pretrained_model_name_or_path '"),
-        ({"use_ema": True}, "--use_ema False, this run has True"),
-        ({"rank": 8}, "--rank 4, this run has 8"),
-        ({"lora_layers": "attn.to_q"}, "--lora_layers None, this run has 'attn.to_q'"),
-        ({"lora_blocks": "0"}, "--lora_blocks None, this run has '0'"),
-        ({"use_dora": True}, "--use_dora False, this run has True"),
+        ({"optimizer": "prodigy"}, "optimizer 'adamw', not 'prodigy'"),
+        ({"train_text_encoder": True}, "train_text_encoder False, not True"),
+        ({"pretrained_model_name_or_path": "OTHER"}, "pretrained_model_name_or_path '"),
+        ({"use_ema": True}, "use_ema False, not True"),
+        ({"rank": 8}, "rank 4, not 8"),
+        ({"lora_layers": "attn.to_q"}, "lora_layers None, not 'attn.to_q'"),
+        ({"lora_blocks": "0"}, "lora_blocks None, not '0'"),
+        ({"use_dora": True}, "use_dora False, not True"),
     ],
 )
-def test_another_run_is_refused(script, kind, checkpoints, refusal, changed, message):
+def test_another_run_is_refused(script, kind, argv, checkpoints, saved, capsys, changed, message):
     if kind == "full" and changed.keys() & {"rank", "lora_layers", "lora_blocks", "use_dora"}:
         return
     if "OTHER" in changed.values():
         changed = {"pretrained_model_name_or_path": checkpoints(seed=1)}
-    assert message in refusal(**changed)
+    checkpoint = saved[kind] / "checkpoint-1"
+    with pytest.raises(SystemExit) as end:
+        compare(script, argv, resume_from_checkpoint=checkpoint, **changed)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert (end.value.code, len(lines)) == (2, 1)
+    assert f"{checkpoint} was trained with {message}" in lines[0]
+    assert lines[0].endswith(": give the same")
 
 
-SAVED = {}
+def test_a_checkpoint_of_the_other_script_is_refused(script, kind, argv, saved, capsys):
+    (other,) = SCRIPTS.keys() - {kind}
+    with pytest.raises(SystemExit) as end:
+        compare(script, argv, resume_from_checkpoint=saved[other] / "checkpoint-1")
+    names = {"full": "'dreambooth-sd3'", "lora": "'dreambooth-sd3-lora'"}
+    assert end.value.code == 2
+    assert f"was trained with method {names[other]}, not {names[kind]}" in capsys.readouterr().err
 
 
-@pytest.fixture
-def refusal(script, kind, argv, run, capsys, tmp_path, tmp_path_factory):
-    """The line with which a run refuses the checkpoint of another one; it loads no model."""
-
-    def refusal(**changed):
-        if kind not in SAVED:
-            SAVED[kind] = run(
-                script, max_train_steps=1, checkpointing_steps=1, output_dir=tmp_path_factory.mktemp("saved")
-            )
-        shutil.copytree(SAVED[kind], tmp_path / "out")
-        before = read_run(tmp_path / "out")
-        capsys.readouterr()
-        with isolated(), pytest.raises(SystemExit) as end:
-            script.main(script.parse_args(argv(resume_from_checkpoint="latest", **changed)))
-        lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-        assert (end.value.code, len(lines)) == (2, 1)
-        assert f"{tmp_path / 'out/checkpoint-1'} was trained with " in lines[0]
-        assert read_run(tmp_path / "out") == before
-        return lines[0]
-
-    return refusal
+@pytest.mark.parametrize("spelling", ["./{}", "{}/", "../{parent}/{}", "{path}"])
+def test_the_same_base_in_another_spelling_is_accepted(lora, argv, checkpoints, saved, monkeypatch, caplog, spelling):
+    base = checkpoints()
+    monkeypatch.chdir(base.parent)
+    named = spelling.format(base.name, parent=base.parent.name, path=base)
+    compare(lora, argv, resume_from_checkpoint=saved["lora"] / "checkpoint-1", pretrained_model_name_or_path=named)
+    assert "not as it was" not in caplog.text
 
 
-def test_every_way_to_name_a_checkpoint(script, run, argv, tmp_path):
-    out = run(script, checkpointing_steps=1)
-    elsewhere = tmp_path / "kept"
-    shutil.copytree(out / "checkpoint-1", elsewhere)
-    ways = ["checkpoint-1", f"{out}/checkpoint-1", f"{out}/checkpoint-1/", "checkpoint-1/", str(elsewhere)]
-    for way in ways:
-        args = script.parse_args(argv(resume_from_checkpoint=way))
-        folder, manifest = script.choose_checkpoint(args, processes=1)
-        assert manifest["step"] == 1, way
-        assert folder == (elsewhere if way == str(elsewhere) else out / "checkpoint-1")
-    newest, manifest = script.choose_checkpoint(script.parse_args(argv(resume_from_checkpoint="latest")), processes=1)
-    assert (newest, manifest["step"]) == (out / "checkpoint-2", 2)
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate 0.001 was 0.0001"),
+        ({"instance_prompt": "a cat"}, "instance_prompt 'a cat' was 'a photo of sks dog', images "),
+        ({"instance_data_dir": "PICTURES"}, "images "),
+        ({"ema_decay": 0.5}, "ema_decay 0.5 was 0.9999"),
+        ({"train_batch_size": 2}, "train_batch_size 2 was 1"),
+        ({"max_train_steps": 9, "logging_dir": "other"}, None),
+    ],
+)
+def test_what_has_changed_since_is_said(script, kind, argv, pictures, saved, caplog, changed, said):
+    """The pictures by what is in them, whatever their folder is called; what changes no update is passed over."""
+    if "instance_data_dir" in changed:
+        changed = {"instance_data_dir": pictures(2, seed=5)}
+    checkpoint = saved[kind] / "checkpoint-1"
+    compare(script, argv, resume_from_checkpoint=checkpoint, **changed)
+    lines = [line for line in caplog.messages if "not as it was" in line]
+    assert len(lines) == (said is not None)
+    if said:
+        assert f"the run goes on from {checkpoint}, but not as it was: " in lines[0]
+        assert said in lines[0]
+
+
+def test_fewer_updates_than_the_checkpoint_has_are_none(script, run, caplog, tmp_path):
+    out = run(script, checkpointing_steps=2)
+    before = read_files(out)
+    with watch_updates(script) as updates:
+        run(script, max_train_steps=1, resume_from_checkpoint="latest")
+    assert f"nothing is left to train: {out / 'checkpoint-2'} has 2 updates, 1 are asked for" in caplog.text
+    assert updates == []
+    assert read_files(out) == before
+
+
+@pytest.mark.parametrize("way", ["checkpoint-1", "checkpoint-1/", "{}/checkpoint-1", "{}/checkpoint-1/", "{}/kept"])
+def test_every_way_to_name_a_checkpoint(lora, argv, saved, tmp_path, way):
+    for name in ("checkpoint-1", "kept"):
+        shutil.copytree(saved["lora"] / "checkpoint-1", tmp_path / "out" / name)
+    shutil.copytree(saved["lora"] / "checkpoint-1", tmp_path / "out/checkpoint-2")
+    folder, manifest = lora.find_checkpoint(lora.parse_args(argv(resume_from_checkpoint=way.format(tmp_path / "out"))))
+    assert (folder, manifest["step"]) == (tmp_path / "out" / Path(way).name, 1)
+    folder, _ = lora.find_checkpoint(lora.parse_args(argv(resume_from_checkpoint="latest")))
+    assert folder == tmp_path / "out/checkpoint-2"

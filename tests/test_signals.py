@@ -1,83 +1,122 @@
 """A signal ends a run at the end of the update, with a checkpoint from which it goes on as if nothing had been."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, isolated
-from test_resume import read_run
+from diffusers import FlowMatchEulerDiscreteScheduler
+from ranks import read_files, tell, watch_updates
 
 NUMBERS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138}
+WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
 
 
-def send_at(script, monkeypatch, number, update):
-    """Sends this process a signal in the middle of an update."""
-    original, calls = script.flow_losses, []
-
-    def flow_losses(*args):
-        calls.append(None)
-        if len(calls) == update:
-            os.kill(os.getpid(), number)
-        return original(*args)
-
-    monkeypatch.setattr(script, "flow_losses", flow_losses)
+def stop(script, argv, code, **flags):
+    """Runs main until it ends with that code."""
+    with isolated(), watch_updates(script) as updates, pytest.raises(SystemExit) as end:
+        script.main(script.parse_args(argv(**flags)))
+    assert end.value.code == code
+    return updates
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_stops_at_the_update_and_goes_on(script, argv, run, monkeypatch, capsys, tmp_path, name):
-    flags = {"max_train_steps": 4, "output_dir": tmp_path / "stopped"}
-    with isolated(), monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        send_at(script, patch, getattr(signal, name), 2)
-        script.main(script.parse_args(argv(**flags)))
-    assert end.value.code == NUMBERS[name]
-    saved = f"{name}: saved {tmp_path / 'stopped/checkpoint-2'}; add --resume_from_checkpoint latest to go on"
-    assert saved in capsys.readouterr().err.splitlines()
-    assert [path.name for path in (tmp_path / "stopped").glob("*checkpoint*")] == ["checkpoint-2"]
+    flags, folder = {"max_train_steps": 4, "output_dir": tmp_path / "stopped"}, tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        tell(patch, script, "flow_losses", 2, getattr(signal, name))
+        stopped = stop(script, argv, NUMBERS[name], **flags)
+    lines = capsys.readouterr().err.splitlines()
+    assert f"{name}: the run saves a checkpoint and ends; a second signal ends it at once" in lines
+    way = f"{name} came at update 2: --resume_from_checkpoint latest goes on"
+    assert lines[-1] == f"what was trained is saved in {folder}, but {way}"
+    assert [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-2"]
     if name != "SIGTERM":
         return
-    stopped = read_run(run(script, **flags, resume_from_checkpoint="latest"))
-    whole = read_run(run(script, **flags | {"output_dir": tmp_path / "whole"}))
-    assert sorted(whole[0]) == [1, 2, 3, 4]
-    assert stopped[0] == whole[0]
-    assert {n: d for n, d in stopped[1].items() if n != "loss.png"} == {
-        n: d for n, d in whole[1].items() if n != "loss.png"
-    }
+    with watch_updates(script) as later:
+        run(script, **flags, resume_from_checkpoint="latest")
+    with watch_updates(script) as updates:
+        run(script, **flags | {"output_dir": tmp_path / "whole"})
+    assert [update["step"] for update in updates] == [1, 2, 3, 4]
+    assert [*stopped, *later] == updates
+    assert read_files(folder) == read_files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("when", ["along the way", "at the end"])
+def test_stops_in_the_middle_of_drawing(script, kind, argv, monkeypatch, tmp_path, when):
+    """At the denoising step at which it comes, of the first of two images; at the end after the weights."""
+    step, found = FlowMatchEulerDiscreteScheduler.step, []
+
+    def told(*args, **kwargs):
+        found.append((tmp_path / "out" / WEIGHTS[kind]).is_file())
+        if len(found) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", told)
+    flags = {"validation_prompt": "a dog", "num_validation_images": 2, "validation_epochs": 1}
+    updates = stop(script, argv, 143, **flags, max_train_steps=6 if when == "along the way" else 2)
+    assert found == [when == "at the end"] * 2
+    assert [name for name in read_files(tmp_path / "out") if name.endswith(".png")] == []
+    if when == "at the end":
+        assert len(updates) == 2
+    else:  # an epoch has two updates
+        assert len(updates) == 3
+        assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-3"]
 
 
 def test_a_second_signal_ends_at_once(script):
     """In a process of its own, for it ends without a word to anyone."""
     child = os.fork()
     if not child:
-        caught = script.catch_signals()
-        os.kill(os.getpid(), signal.SIGUSR1)
-        if caught == [signal.SIGUSR1]:
-            os.kill(os.getpid(), signal.SIGTERM)
+        with contextlib.ExitStack() as cleanup:
+            caught = script.catch_signals(cleanup)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            if caught == [signal.SIGUSR1]:
+                os.kill(os.getpid(), signal.SIGTERM)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
 
 
+# Two images on two processes: an epoch is one update. The second process alone is told, within that call.
+TOLD = {
+    "update": ({"max_train_steps": 6}, ("flow_losses", 2), 2, ["checkpoint-2"]),
+    "drawing": ({"max_train_steps": 6}, ("draw_images", 1), 2, ["checkpoint-2"]),
+    "last drawing": ({"max_train_steps": 1}, ("draw_images", 1), 1, []),
+}
+
+
 @pytest.mark.slow
-def test_all_processes_stop_at_the_update_at_which_one_is_told(argv, launch, tmp_path):
-    """The second process alone gets SIGTERM in its second update; both save checkpoint-2 and end."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train_dreambooth_lora_sd3 as script\n"
-        "split, calls = script.split_losses, []\n"
-        "def told(*rest):\n"
-        "    calls.append(1)\n"
-        "    if os.environ['RANK'] == '1' and len(calls) == 2:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return split(*rest)\n"
-        "script.split_losses = told\n"
-        "try:\n"
-        "    script.main(script.parse_args())\n"
-        "except SystemExit as end:\n"
-        "    os.write(1, f\"ended {os.environ['RANK']} {end.code} {len(calls)}\\n\".encode())\n"
+def test_all_processes_stop_where_one_is_told(argv, tmp_path):
+    cases = []
+    for name, (flags, (function, call), _, _) in TOLD.items():
+        if function == "draw_images":
+            flags = flags | {"validation_prompt": "a dog", "num_validation_images": 2, "validation_epochs": 1}
+        case = {"script": "lora", "argv": argv(**flags, output_dir=tmp_path / name), "exit": 143}
+        case |= {"tell": {"name": function, "call": call, "rank": 1}, "record": str(tmp_path / f"{name}.record")}
+        cases.append(case)
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/ranks.py"), str(tmp_path / "cases.json")],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
-    done = launch(program, argv(max_train_steps=6), processes=2)
-    ended = sorted(line for line in done.stdout.splitlines() if line.startswith("ended"))
-    assert ended == ["ended 0 143 2", "ended 1 143 2"], done.stderr[-2000:]
-    assert json.loads((tmp_path / "out/checkpoint-2/dreambooth.json").read_text())["step"] == 2
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (_, _, updates, checkpoints) in TOLD.items():
+        for rank in (0, 1):
+            record = torch.load(tmp_path / f"{name}.record.{rank}", weights_only=False)
+            assert (record["exit"], len(record["log_update"])) == (143, updates), name
+        assert [path.name for path in Path(tmp_path, name).glob("*checkpoint-*")] == checkpoints
+        files = read_files(tmp_path / name)
+        assert [file for file in files if file.endswith(".png")] == []
+        assert (WEIGHTS["lora"] in files) == (name == "last drawing")

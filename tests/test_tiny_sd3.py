@@ -14,7 +14,7 @@ NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
 def load(folder, **kwargs):
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, **kwargs)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -75,15 +75,31 @@ def test_without_t5_the_index_says_so(checkpoints):
     assert not (folder / "text_encoder_3").exists()
 
 
+# Of a tokenizer that pads with its end mark, of one that pads with "!", and of T5's.
+IDS = {
+    "a Photo of sks dog": (
+        [521, 320, 512, 78, 83, 334, 513, 514, 338, 515, 326, 522],
+        [521, 320, 512, 78, 83, 334, 513, 514, 338, 515, 326, 522],
+        [13, 3, 61, 85, 92, 97, 92, 5, 6, 7, 1],
+    ),
+    "Ein Hündchen, 狗!": (
+        [521, 68, 516, 71, 127, 120, 77, 67, 66, 71, 68, 333, 267, 163, 233, 501, 256, 522],
+        [521, 68, 516, 71, 127, 120, 77, 67, 66, 71, 68, 333, 267, 163, 233, 501, 0, 522],
+        [3, 50, 86, 91, 3, 53, 2, 91, 81, 80, 85, 82, 91, 25, 3, 2, 14, 1],
+    ),
+}
+
+
 def test_tokens(checkpoints):
+    """The same in every version of transformers: losses of one can be held against another's."""
     pipeline = load(checkpoints())
     tokenizers = pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3
-    for tokenizer, pad, end, length in zip(tokenizers, (522, 0, 0), (522, 522, 1), (77, 77, 512), strict=True):
-        ids = tokenizer("Ein Hündchen, 狗!", padding="max_length", max_length=60, truncation=True).input_ids
-        assert end in ids
-        assert ids[-1] == pad
+    for number, (tokenizer, pad, length) in enumerate(zip(tokenizers, (522, 0, 0), (77, 77, 512), strict=True)):
         assert tokenizer.model_max_length == length
-    assert pipeline.tokenizer.decode(pipeline.tokenizer("a Photo of sks dog").input_ids[1:-1]) == "a photo of sks dog"
+        for text, ids in IDS.items():
+            padded = tokenizer(text, padding="max_length", max_length=60, truncation=True).input_ids
+            assert padded == ids[number] + [pad] * (60 - len(ids[number]))
+    assert pipeline.tokenizer.decode(IDS["a Photo of sks dog"][0][1:-1]) == "a photo of sks dog"
 
 
 def test_pictures_differ(tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import struct
+import sys
+from types import SimpleNamespace
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process
 from accelerate.utils import LoggerType
-from PIL import Image
+from conftest import isolated
 
 PLAIN = {"loss", "grad_norm", "lr"}
 FLAGS = {"max_train_steps": 3, "num_validation_images": 2, "validation_prompt": "a dog", "validation_epochs": 10}
@@ -65,19 +67,10 @@ def read_tensorboard(folder):
     return history, {name: [event.step for event in events.Images(name)] for name in tags["images"]}
 
 
-def read_file(folder):
-    """{update: {name: value}} of the run's own file."""
-    history = {}
-    for line in (folder / "scalars.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        history.setdefault(row.pop("step"), {}).update(row)
-    return {step: {name: value for name, value in row.items() if name != "drawn"} for step, row in history.items()}
-
-
-def test_tensorboard_wandb_and_the_file_agree(script, run, pictures):
+def test_tensorboard_and_wandb_agree(script, run, pictures, few_steps):
     output = run(
         script,
-        report_to="tensorboard,wandb",
+        report_to="tensorboard, wandb",
         tracker_project_name="dogs",
         tracker_run_name="first",
         validation_data_dir=pictures(),
@@ -86,7 +79,6 @@ def test_tensorboard_wandb_and_the_file_agree(script, run, pictures):
     history, captions, config, names = read_wandb(output / "logs")
     board, images = read_tensorboard(output / "logs" / "first" / "dogs")
     assert names == {("dogs", "first")}
-    assert history == read_file(output / "logs")
     assert history.keys() == board.keys() == {1, 2, 3}
     for step, row in history.items():
         assert row.keys() == board[step].keys() == PLAIN | ({"validation_loss"} if step >= 2 else set())
@@ -94,7 +86,7 @@ def test_tensorboard_wandb_and_the_file_agree(script, run, pictures):
     assert config["instance_prompt"] == "a photo of sks dog"
     assert config["max_train_steps"] == 3
     assert "hub_token" not in config
-    assert captions == [["0: a dog", "1: a dog"]] * 2
+    assert captions == [["a dog", "a dog"]] * 2
     assert images == {"validation": [2], "test": [3]}
 
 
@@ -136,10 +128,13 @@ NAMES = {
 @pytest.mark.parametrize("case", NAMES, ids=lambda case: "-".join(case) or "plain")
 def test_names_of_the_scalars(case, script, kind, run, monkeypatch, pictures):
     """The README's table has these names."""
-    seen, log = {}, script.log_scalars
-    monkeypatch.setattr(
-        script, "log_scalars", lambda args, acc, f, step: (seen.update({step: set(f)}), log(args, acc, f, step))
-    )
+    seen, log_update = {}, script.log_update
+
+    def recorded(accelerator, bar, trained, schedule, figures, step):
+        log_update(accelerator, bar, trained, schedule, figures, step)
+        seen[step] = set(figures)
+
+    monkeypatch.setattr(script, "log_update", recorded)
     flags = {}
     if "prior" in case:
         flags |= {"with_prior_preservation": True, "class_data_dir": pictures(3), "class_prompt": "a dog"}
@@ -151,23 +146,8 @@ def test_names_of_the_scalars(case, script, kind, run, monkeypatch, pictures):
     assert seen == {1: NAMES[case] | extra, 2: NAMES[case] | extra}
 
 
-def test_resumed_scalars_are_those_of_the_uninterrupted_run(lora, run, tmp_path):
-    flags = {"checkpointing_steps": 2}
-    whole = run(lora, max_train_steps=4, output_dir=tmp_path / "whole", **flags)
-    output = run(lora, max_train_steps=3, **flags)
-    with (output / "logs" / "scalars.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # as a crash leaves it
-    run(lora, max_train_steps=4, resume_from_checkpoint="latest", **flags)
-    assert (output / "logs" / "scalars.jsonl").read_text() == (whole / "logs" / "scalars.jsonl").read_text()
-    run(lora, max_train_steps=1)
-    assert read_file(output / "logs").keys() == {1}
-
-
-def test_another_tracker(lora, run, monkeypatch):
-    """One that has no package here: what accelerate hands to it."""
-    import sys
-    from types import SimpleNamespace
-
+def test_trackio(lora, run, monkeypatch, few_steps):
+    """Whose package is not installed here: what accelerate hands to it."""
     trackers = []
 
     class Kept(Recorder):
@@ -175,9 +155,10 @@ def test_another_tracker(lora, run, monkeypatch):
             super().__init__(*words, **options)
             trackers.append(self)
 
+    picture = SimpleNamespace(Image=lambda image, caption: (image, caption), __spec__="here")
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Kept)
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TRACKIO])
-    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda *pair: pair, __spec__="here"))
+    monkeypatch.setitem(sys.modules, "trackio", picture)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     run(lora, report_to="trackio", tracker_project_name="dogs", tracker_run_name="first", **FLAGS)
     (tracker,) = trackers
@@ -186,9 +167,31 @@ def test_another_tracker(lora, run, monkeypatch):
     assert [(step, set(row)) for step, row in tracker.rows] == [
         (1, PLAIN),
         (2, PLAIN),
-        (2, {"validation_0", "validation_1"}),
+        (2, {"validation"}),
         (3, PLAIN),
-        (3, {"test_0", "test_1"}),
+        (3, {"test"}),
     ]
-    image, caption = tracker.rows[-1][1]["test_1"]
-    assert (type(image), image.size, caption) == (Image.Image, (32, 32), "1: a dog")
+    assert [(image.size, caption) for image, caption in tracker.rows[-1][1]["test"]] == [((32, 32), "a dog")] * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"report_to": "wandb"}, "--report_to wandb: a tracker does not start ("),  # nobody is logged in
+        ({"report_to": "tensorbord"}, "--report_to 'tensorbord' is unknown: choose from tensorboard, wandb, "),
+        ({"report_to": "wandb", "tracker_run_name": "../x"}, "--tracker_run_name '../x' leads out of --output_dir"),
+        ({"report_to": "tensorboard", "logging_dir": "/logs"}, "--logging_dir '/logs' leads out of --output_dir"),
+        ({"report_to": "wandb", "hub_token": "hf_secret"}, "--hub_token would be readable in wandb: "),
+    ],
+)
+def test_refused_before_anything_is_encoded(lora, argv, monkeypatch, capsys, tmp_path, flags, message):
+    monkeypatch.setattr(lora, "encode_once", None)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("NETRC", str(tmp_path / "no logins"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with isolated(), pytest.raises(SystemExit, match="2"):
+        lora.main(lora.parse_args(argv(**flags)))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert line.startswith(f"script.py: error: {message}")
+    assert "hf_secret" not in line

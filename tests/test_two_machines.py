@@ -25,7 +25,7 @@ def fail(*_):
     raise RuntimeError("no luck on process 1")
 
 if os.environ["RANK"] == "1":
-    script.is_sound = fail
+    script.may_update = fail
 script.main(script.parse_args(sys.argv[1:]))
 """
 
@@ -80,7 +80,7 @@ def test_two_machines_are_one_run(argv, tmp_path):
     assert [process.returncode for process in started] == [0, 0], said
     assert {"127.0.0.2", "127.0.0.3"} <= addresses
     manifest = json.loads(Path(tmp_path, "out/checkpoint-2/dreambooth.json").read_text())
-    assert manifest["flags"]["processes"] == 2
+    assert manifest["run"]["processes"] == 2
     assert ["The result is in" in text for text in said] == [True, False]
     assert ["Training: 100%" in text for text in said] == [True, False]
 
@@ -97,39 +97,14 @@ def test_a_process_that_dies_ends_the_other_within_a_minute(launch, argv, tmp_pa
     assert lasted < 60 + 60  # a minute for the start on a busy machine
 
 
-def test_a_process_that_alone_refuses_says_so(launch, tmp_path):
-    """Its number is in the message; where all refuse, the first one speaks for all."""
+def test_a_refusal_is_said_once(launch, tmp_path):
+    """By a process that alone refuses, and by the first one where all do: the launcher ends the others before."""
     path = tmp_path / "refusing.py"
     program = "import os, sys\nsys.path.insert(0, {!r})\nimport train_dreambooth_lora_sd3 as script\n"
     path.write_text(
         program.format(str(ROOT)) + "if os.environ['RANK'] in sys.argv[1]:\n    script.refuse('no')\n"
         "import time\ntime.sleep(30)\n"
     )
-    done = launch(path, ["1"], processes=2)
-    assert "refusing.py: error: process 1: no\n" in done.stderr
-    done = launch(path, ["01"], processes=2)
-    assert done.stderr.count("error: no\n") == 1 and "process 1: no" not in done.stderr
-
-
-WARNING = f"""
-import sys, warnings
-sys.path.insert(0, {str(ROOT)!r})
-import train_dreambooth_lora_sd3 as script
-from huggingface_hub.utils import logging
-
-accelerator = script.start_accelerator(script.parse_args(sys.argv[1:]))
-if accelerator.process_index == 1:
-    warnings.warn("first oddity")
-    logging.get_logger("huggingface_hub.repository").warning("second oddity")
-    script.log.warning("third oddity", main_process_only=False)
-"""
-
-
-def test_warnings_carry_the_number_of_their_process(launch, argv, tmp_path):
-    path = tmp_path / "warning.py"
-    path.write_text(WARNING)
-    done = launch(path, argv(), processes=2)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "oddity" in line and "warnings.warn(" not in line]
-    assert len(lines) == 3
-    assert all(line.startswith("WARNING: [RANK 1] ") for line in lines)
+    for who in ("1", "01"):
+        done = launch(path, [who], processes=2)
+        assert done.stderr.count("refusing.py: error: no\n") == 1

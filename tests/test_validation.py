@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_trackers import wandb_records
 
 PROMPT, SIZE, LENGTH, IMAGES = "a photo of sks dog in a bucket", 48, 154, 2
+PROJECTS = {"full": "dreambooth-sd3", "lora": "dreambooth-sd3-lora"}
+ENCODERS = {"full": ("text_encoder", "text_encoder_2", "text_encoder_3"), "lora": ("text_encoder", "text_encoder_2")}
 # Two pictures make an epoch of two updates: epochs 0 and 2 end after updates 2 and 6.
 SETTINGS = {
     "validation_prompt": PROMPT,
@@ -25,7 +27,6 @@ SETTINGS = {
     "learning_rate": 1e-2,
     "seed": 11,
 }
-DRAWN = [2, 6]
 
 
 @pytest.fixture
@@ -34,38 +35,37 @@ def events(monkeypatch):
 
     def events(script):
         found, trained = [], {}
-        load_part, load_trained, save_result = script.load_part, script.load_trained, script.save_result
+        load_part, load_trained, save_weights = script.load_part, script.load_trained, script.save_weights
         draw_images, flow_losses = script.draw_images, script.flow_losses
 
-        def load(args, parts, name, **kwargs):
+        def load(args, parts, name, *checkpoint, **kwargs):
             found.append(("load", name))
-            return load_part(args, parts, name, **kwargs)
+            return load_part(args, parts, name, *checkpoint, **kwargs)
 
         def train(*inputs):
             trained.update(load_trained(*inputs))
             found.append(("trained", list(trained)))
             return dict(trained)
 
-        def save(*inputs):
-            result = save_result(*inputs)
+        def save(*inputs, **options):
+            save_weights(*inputs, **options)
             found.append(("saved", None))
-            return result
 
-        def draw(args, transformer, vae, scheduler, prompt, empty, seeds):
+        def draw(args, transformer, vae, scheduler, prompt, empty, seeds, stop):
             modes = [model.training for model in (*trained.values(), vae)]
             assert not any(modes) and not torch.is_grad_enabled()
             assert prompt[0].shape[1] == empty[0].shape[1] == 77 + LENGTH
-            images = draw_images(args, transformer, vae, scheduler, prompt, empty, seeds)
+            images = draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop)
             assert all(image.size == (SIZE, SIZE) for image in images)
             found.append(("draw", tuple(seeds)))
             return images
 
-        def losses(*inputs):
+        def losses(*inputs, **options):
             assert all(model.training for model in trained.values()), "validation leaves the models as it found them"
             found.append(("update", None))
-            return flow_losses(*inputs)
+            return flow_losses(*inputs, **options)
 
-        for name, watched in (("load_part", load), ("load_trained", train), ("save_result", save)):
+        for name, watched in (("load_part", load), ("load_trained", train), ("save_weights", save)):
             monkeypatch.setattr(script, name, watched)
         monkeypatch.setattr(script, "draw_images", draw)
         monkeypatch.setattr(script, "flow_losses", losses)
@@ -79,7 +79,7 @@ def pixels(path):
 
 
 @pytest.mark.parametrize("train_text_encoder", [False, True], ids=["frozen", "trained"])
-def test_validation(script, run, events, train_text_encoder):
+def test_validation(script, kind, run, events, train_text_encoder):
     found = events(script)
     dropout = {"lora_dropout": 0.5} if hasattr(script, "LORA_LAYERS") else {}
     flags = {"train_text_encoder": train_text_encoder, "report_to": "tensorboard"} | dropout
@@ -87,54 +87,55 @@ def test_validation(script, run, events, train_text_encoder):
 
     # When, and from which seeds.
     updates, drawn = 0, Counter()
-    for kind, value in found:
-        updates += kind == "update"
-        if kind == "draw":
+    for what, value in found:
+        updates += what == "update"
+        if what == "draw":
             drawn[updates, *value] += 1
     seeds = [11, 12]
-    assert drawn == {(step, seed): 1 + (step == 6) for step in DRAWN for seed in seeds}
+    assert drawn == {(step, seed): 1 for step in (2, 6) for seed in seeds}, "the last epoch's are those of the end"
 
     # Each part is loaded once, none for an image; the full script loads those it copies into the result once more.
-    names = [kind for kind, _ in found]
+    names = [what for what, _ in found]
     before, after = found[: names.index("trained")], found[names.index("saved") :]
     times = 1 if hasattr(script, "LORA_LAYERS") else 2
-    assert Counter(value for kind, value in before if kind == "load").most_common(1)[0][1] == times
+    assert Counter(value for what, value in before if what == "load").most_common(1)[0][1] == times
     during = found[names.index("update") : len(names) - 1 - names[::-1].index("update")]
-    assert not [value for kind, value in during + after if kind == "load"]
+    assert not [value for what, value in during + after if what == "load"]
 
     # Files.
     files = {path.name for path in (output / "validation").iterdir() if not path.name.endswith("grid.png")}
-    assert files == {f"step-{step:06d}-{number}.png" for step in DRAWN for number in range(IMAGES)}
+    assert len(list(output.glob("**/*grid.png"))) == 2
+    assert files == {f"step-000002-{number}.png" for number in range(IMAGES)}
     final = [pixels(output / f"image_{number}.png") for number in range(IMAGES)]
-    last = [pixels(output / "validation" / f"step-000006-{number}.png") for number in range(IMAGES)]
     first = [pixels(output / "validation" / f"step-000002-{number}.png") for number in range(IMAGES)]
-    assert np.array_equal(final, last), "the same weights and seeds"
-    assert not np.array_equal(first, last), "the weights have moved"
+    for row, images in (("image_grid.png", final), ("validation/step-000002-grid.png", first)):
+        assert np.array_equal(pixels(output / row), np.concatenate(images, axis=1))
+    assert not np.array_equal(first, final), "the weights have moved"
 
     # TensorBoard: images in a row, as drawn, and one log point an update.
-    board = EventAccumulator(str(output / "logs" / script.PROJECT)).Reload()
+    board = EventAccumulator(str(output / "logs" / PROJECTS[kind])).Reload()
     assert sorted(board.Tags()["images"]) == ["test", "validation"]
-    for tag, steps in (("validation", DRAWN), ("test", [6])):
+    for tag, steps in (("validation", [2]), ("test", [6])):
         assert [image.step for image in board.Images(tag)] == steps
     shown = np.asarray(Image.open(io.BytesIO(board.Images("test")[0].encoded_image_string)))
     for image in final:
         places = [shown[top:, left:][:SIZE, :SIZE] for top in range(0, len(shown), 2) for left in range(0, 200, 2)]
         assert any(place.shape == image.shape and np.array_equal(place, image) for place in places)
-    rates = {"lr"} | {f"lr_{name}" for name in script.TRAINED_ENCODERS if train_text_encoder}
+    rates = {"lr"} | {f"lr_{name}" for name in ENCODERS[kind] if train_text_encoder}
     assert set(board.Tags()["scalars"]) == {"loss", "grad_norm"} | rates
     for tag in board.Tags()["scalars"]:
         assert [point.step for point in board.Scalars(tag)] == list(range(1, 7))
         assert all(np.isfinite(point.value) for point in board.Scalars(tag))
 
 
-def test_validation_changes_no_update(script, run, tmp_path):
+def test_validation_changes_no_update(script, kind, run, tmp_path):
     """The losses of a run are the same with and without images, as no draw depends on another."""
     curves = []
     for number, prompt in enumerate([PROMPT, None]):
         flags = SETTINGS | {"validation_prompt": prompt, "validation_epochs": 1, "num_validation_images": 1}
         flags |= {"num_train_epochs": 2, "report_to": "tensorboard", "output_dir": tmp_path / str(number)}
         output = run(script, **flags)
-        board = EventAccumulator(str(output / "logs" / script.PROJECT)).Reload()
+        board = EventAccumulator(str(output / "logs" / PROJECTS[kind])).Reload()
         curves.append([point.value for point in board.Scalars("loss")])
     assert len(curves[0]) == 4
     assert curves[0] == curves[1]
@@ -148,8 +149,8 @@ def test_no_prompt_no_images(script, run, events):
 
 
 def test_wandb_offline(script, run):
-    """Images and scalars are in the run's own file."""
-    flags = {"num_train_epochs": 1, "num_validation_images": 2, "report_to": "wandb", "hub_token": None}
+    """Images and scalars are in the run's own file, and TensorBoard beside it has its own."""
+    flags = {"num_train_epochs": 1, "num_validation_images": 2, "report_to": "wandb,tensorboard"}
     output = run(script, **SETTINGS | flags)
     (path,) = (output / "logs").rglob("run-*.wandb")
     rows, patience = [], time.monotonic() + 30

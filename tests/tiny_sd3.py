@@ -1,9 +1,13 @@
 """A random Stable Diffusion 3 pipeline in diffusers layout, written in a second and without a network.
 
 Everything a real checkpoint has is there, only small: both CLIPs, T5, their tokenizers, VAE, transformer, scheduler.
-The tests and the demo train on it.
+The tests and the demo train on it. The tokenizers' files are written here, in the form that transformers 4 and 5 read
+alike, and give the same ids in both.
 """
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,14 +18,14 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from PIL import Image
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
+    T5TokenizerFast,
 )
 
 # Width and heads of each part. "real" has SD3 Medium's text widths and CLIP heads. There, twice the CLIPs' joint width
@@ -53,8 +57,20 @@ def build(folder, preset="tiny", *, t5=True, sd35=False, variant=None, seed=0, l
     pipeline = StableDiffusion3Pipeline(**parts)
     if variant == "fp16":
         pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(folder, variant=variant)
+    save(pipeline, folder, variant)
     return Path(folder)
+
+
+def save(pipeline, folder, variant=None):
+    """Writes a pipeline with the tokenizers of this file, whichever version of transformers is to read it."""
+    pipeline.save_pretrained(folder, variant=variant)
+    index = json.loads(Path(folder, "model_index.json").read_text())
+    for name, files in TOKENIZERS.items():
+        if index[name][0]:
+            index[name] = ["transformers", files()[CONFIG]["tokenizer_class"]]
+            shutil.rmtree(Path(folder, name))
+            write(Path(folder, name), files())
+    Path(folder, "model_index.json").write_text(json.dumps(index, indent=2))
 
 
 def make_parts(sizes, *, t5, sd35, layers):
@@ -74,27 +90,71 @@ def make_parts(sizes, *, t5, sd35, layers):
     }
 
 
-def clip_tokenizer(pad_token):
+CONFIG = "tokenizer_config.json"
+
+
+def clip_files(pad_token):
     """Byte-level BPE of CLIP: bytes, bytes that end a word, a merge for the start of each word, the two marks.
 
     CLIP-L pads with the end mark and bigG with "!", id 0, as in the real checkpoints.
     """
-    symbols = sorted(ByteLevel.alphabet())
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = list(dict.fromkeys((word[0], f"{word[1]}{'</w>' * (len(word) == 2)}") for word in WORDS if word[1:]))
     tokens = symbols + [f"{symbol}</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     assert tokens[0] == "!"
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=CLIP_POSITIONS)
+    marks = {"bos_token": tokens[-2], "eos_token": tokens[-1], "unk_token": tokens[-1], "pad_token": pad_token}
+    return {
+        CONFIG: {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_POSITIONS, **marks},
+        "vocab.json": {token: number for number, token in enumerate(tokens)},
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges), ""]),
+    }
+
+
+def t5_files():
+    """Unigram of T5: pad 0, end 1, unknown 2, then words, likelier than the letters they are made of."""
+    letters = [chr(code) for code in range(33, 127)]
+    marks = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    pieces = [(mark, 0.0) for mark in marks.values()] + [("▁", -2.0)]
+    pieces += [(f"▁{word}", -3.0) for word in WORDS if word != "a"] + [("▁a", -3.0)]
+    pieces += [(letter, -6.0) for letter in letters]
+    tokenizer, spaces = Tokenizer(models.Unigram(pieces, unk_id=2)), {"replacement": "▁", "prepend_scheme": "always"}
+    split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces)]
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(split), decoders.Metaspace(**spaces)
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    tokenizer.add_special_tokens(list(marks.values()))
+    return {
+        CONFIG: {"tokenizer_class": "T5TokenizerFast", "model_max_length": 512, "extra_ids": 0, **marks},
+        "tokenizer.json": tokenizer.to_str(),
+    }
+
+
+TOKENIZERS = {
+    "tokenizer": lambda: clip_files("<|endoftext|>"),
+    "tokenizer_2": lambda: clip_files("!"),
+    "tokenizer_3": t5_files,
+}
+
+
+def write(folder, files):
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        Path(folder, name).write_text(content if isinstance(content, str) else json.dumps(content, indent=2))
+
+
+def read(tokenizer_class, files):
+    """A tokenizer by its files: what the constructors take differs from version to version."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), files)
+        return tokenizer_class.from_pretrained(folder)
+
+
+def clip_tokenizer(pad_token):
+    return read(CLIPTokenizer, clip_files(pad_token))
 
 
 def t5_tokenizer():
-    """Unigram of T5: pad 0, end 1, unknown 2, then words, likelier than the letters they are made of."""
-    letters = [chr(code) for code in range(33, 127)]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(f"▁{word}", -3.0) for word in WORDS if word != "a"] + [("▁a", -3.0)]
-    pieces += [(letter, -6.0) for letter in letters]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    return read(T5TokenizerFast, t5_files())
 
 
 def clip_encoder(width, heads, tokens, activation):

@@ -1,9 +1,8 @@
-"""accelerate's FSDP2 and DeepSpeed code over gloo: on a CPU accelerate would pass FSDP2 over in silence."""
+"""accelerate's FSDP2 code over gloo: on a CPU accelerate would pass FSDP2 over in silence."""
 
-import importlib
 import os
 
-if os.environ.get("ENGINE"):
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     from accelerate import state, utils
 
     state.PartialState._prepare_backend = lambda self, *_, **__: ("gloo", state.DistributedType.MULTI_CPU)
@@ -15,9 +14,7 @@ if os.environ.get("ENGINE"):
         self.distributed_type = state.DistributedType.FSDP
         if fresh:
             self.fsdp_plugin = fsdp_plugin or utils.FullyShardedDataParallelPlugin()
+            if self._mixed_precision != "no":  # as accelerate does on a GPU
+                self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
-    if os.environ["ENGINE"] == "fsdp2":
-        state.AcceleratorState.__init__ = start_fsdp
-    else:
-        communication = importlib.import_module("deepspeed.comm.torch")
-        communication.build_shm_op = lambda: None  # for CPUs it would compile an extension, which takes minutes
+    state.AcceleratorState.__init__ = start_fsdp

@@ -1,0 +1,88 @@
+"""Loads what the LoRA script writes in several versions of diffusers, and prints how far its weights are right.
+
+    python benchmarks/load_lora.py 0.34.0 0.36.0 0.40.0
+
+Each version's wheel is fetched by pip and put before the environment's own; the other packages stay. A row has the
+versions, how many layers were changed, and the largest difference from base + B @ A, by the largest number of B @ A.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = "--instance_prompt sks --resolution 32 --train_batch_size 1 --max_train_steps 3 --lr_warmup_steps 0"
+FLAGS += " --learning_rate 1e-2 --seed 0 --report_to none"
+KINDS = {
+    "plain": "",
+    "alpha 7, text encoders": "--lora_alpha 7 --train_text_encoder --text_encoder_lr 1e-2",
+    "rsLoRA, all layers, SD3.5": "--use_rslora --rank 8 --lora_alpha 3 --lora_layers all-linear",
+    "bfloat16": "--mixed_precision bf16 --lora_alpha 2",
+}
+
+
+def compare(base, out):
+    """Fuses the file into the base in this process, and prints a row."""
+    import diffusers
+    import peft
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(base, torch_dtype=torch.float32)
+    models = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
+
+    def weights():
+        return {f"{name}.{key}": w.clone() for name, model in models.items() for key, w in model.state_dict().items()}
+
+    before, saved = weights(), load_file(Path(out, "pytorch_lora_weights.safetensors"))
+    pipeline.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
+    pipeline.fuse_lora(components=list(models))
+    pipeline.unload_lora_weights()
+    after, expected = weights(), {}
+    for key in [key for key in saved if ".lora_A." in key]:
+        a, b = saved[key].float(), saved[key.replace("lora_A", "lora_B")].float()
+        expected[key.replace(".lora_A.weight", ".weight")] = b @ a
+    largest = max(change.abs().max() for change in expected.values())
+    assert before.keys() == after.keys()
+    difference = max((after[key] - before[key] - expected.get(key, 0)).abs().max() for key in after) / largest
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (diffusers, transformers, peft))
+    print(f"{versions}: {len(expected)} layers, {difference:.0e}")
+
+
+def start(*words, **variables):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or f"fails: {done.stderr.strip().splitlines()[-1]}"
+
+
+def main(versions):
+    sys.path.insert(0, str(ROOT / "tests"))
+    import tiny_sd3
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny_sd3.images(folder / "pictures", 2)
+        for number, (kind, flags) in enumerate(KINDS.items()):
+            base = tiny_sd3.build(folder / f"base-{number}", sd35="SD3.5" in kind)
+            files = ["--pretrained_model_name_or_path", base, "--instance_data_dir", folder / "pictures"]
+            out = folder / f"out-{number}"
+            start(ROOT / "train_dreambooth_lora_sd3.py", *files, "--output_dir", out, *FLAGS.split(), *flags.split())
+        for version in versions:
+            wheels, packages = folder / "wheels" / version, folder / "packages" / version
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels]
+            subprocess.run([*pip, f"diffusers=={version}"], check=True)
+            zipfile.ZipFile(next(wheels.glob("*.whl"))).extractall(packages)
+            for number, kind in enumerate(KINDS):
+                words = __file__, "--compare", folder / f"base-{number}", folder / f"out-{number}"
+                print(f"{kind:27}{start(*words, PYTHONPATH=str(packages))}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--compare"]:
+        compare(*sys.argv[2:])
+    else:
+        main(sys.argv[1:])
