@@ -160,6 +160,11 @@ def add_training_flags(parser):
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Unset: as accelerate was configured.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later.")
     add("--seed", type=in_range(int, 0, 2**32), help="Of all draws; unset: one is drawn and kept in checkpoints.")
+    add(
+        "--full_determinism",
+        action="store_true",
+        help="Equal runs, resumed ones too, give equal bits on a GPU; slower.",
+    )
     add("--local_rank", type=int, default=-1, help="Given by old launchers; LOCAL_RANK in the environment counts.")
 
     add = parser.add_argument_group("loss").add_argument
@@ -1428,6 +1433,9 @@ def start_accelerator(args):
             plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
+    if args.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     return accelerator
 
@@ -1541,6 +1549,8 @@ def prepare_models(args, accelerator, trained, total):
     # accelerate leaves the weights to save_weights and load_trained, which write and read them in the form users load.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    if accelerator.num_processes > 1:  # from here on a process that hangs is found out sooner
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=20))
     parameters = [parameter for model in models for parameter in trained_parameters(model)]
     average = training_utils.EMAModel([p.float() for p in parameters], decay=args.ema_decay) if args.use_ema else None
     return trained, parameters, optimizer, schedule, average

@@ -72,6 +72,7 @@ def isolated():
         torch.set_rng_state(tensors)
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(False)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
