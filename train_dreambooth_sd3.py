@@ -298,6 +298,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, utils
 from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
@@ -1383,9 +1384,12 @@ def open_repository(args, accelerator):
 
 
 def publish(args, accelerator, repository, step, image_paths, failed):
-    """Writes the model card and uploads this run's result, nothing else of the folder; either may fail by itself."""
+    """Gives the weights the umask's mode, writes the card, uploads this run's result alone; either may fail by itself."""
     if not accelerator.is_main_process:
         return
+    os.umask(umask := os.umask(0o077))  # read by being set; safetensors writes files for their owner alone
+    for path in Path(args.output_dir).rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
     with attempt(failed, "writing the model card"):
         write_card(args, accelerator, repository or args.output_dir, step, image_paths)
     if repository:
@@ -1406,6 +1410,7 @@ def start_accelerator(args):
             Path(folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
+    AcceleratorState._reset_state()  # in a notebook the settings of the run before would stand
     try:
         accelerator = Accelerator(
             # A plugin, since accelerate prefers the environment's number to a plain argument.
@@ -1546,6 +1551,8 @@ def prepare_models(args, accelerator, trained, total):
     shape = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
     schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths, **shape)
     *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
+    if accelerator.distributed_type.value == "FSDP":  # accelerate has all others enter autocast by themselves
+        models[0].forward = accelerator.autocast()(models[0].forward)
     trained = dict(zip(trained, models, strict=True))
     # accelerate leaves the weights to save_weights and load_trained, which write and read them in the form users load.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
@@ -1703,8 +1710,7 @@ def main(args):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
                     moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
                     latents, noise, u = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
-                    with accelerator.autocast():  # a model of FSDP2 does not enter it by itself
-                        losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
+                    losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:
