@@ -383,7 +383,7 @@ def crop_image(pixels, size, generator, center, flip):
     pixels = pixels[top : top + height, left : left + width]
     if flip and mirror < 0.5:
         pixels = pixels[:, ::-1]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def list_buckets(args):
@@ -649,7 +649,9 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
                 raise ValueError("it knows no word: a file of it is missing")
             return part
         kwargs |= {"variant": variant, "output_loading_info": True, **where(args, name)}
-        part, found = part_class.from_pretrained(model, **kwargs)
+        meta = name == "transformer" and importlib.metadata.version("diffusers") >= "0.40"  # spares seconds and a copy
+        with torch.device("meta") if meta and not kwargs.get("quantization_config") else contextlib.nullcontext():
+            part, found = part_class.from_pretrained(model, **kwargs)
         odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if odd and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
@@ -1074,8 +1076,7 @@ def save_checkpoint(args, accelerator, trained, average, run, step):
         partial.rename(folder)
         for number, path in list_checkpoints(args.output_dir).items():
             if number > step:  # the run has gone on from one before it
-                aside = path.rename(f"{path}.{time.time():.0f}")
-                log.warning(f"{path} was of an earlier course of training: it is now {aside.name}")
+                log.warning(f"{path} was of an earlier course: it is now {path.rename(f'{path}.{time.time():.0f}')}")
         for old in list(list_checkpoints(args.output_dir).values())[args.checkpoints_total_limit or sys.maxsize :]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -1425,13 +1426,12 @@ def open_repository(args, accelerator):
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
         options = {"private": args.hub_private_repo or None, "exist_ok": True, "token": args.hub_token}
         repository = huggingface_hub.create_repo(repository, **options).repo_id
-        # Creating passes over one that is there and not ours.
-        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)
+        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)  # create_repo takes any
     return repository
 
 
 def publish(args, accelerator, repository, step, image_paths, failed):
-    """Gives the weights the umask's mode, writes the card, uploads this run's result alone; either may fail by itself."""
+    """Gives the weights the umask's mode, writes the card and uploads this run's result; either may fail by itself."""
     if not accelerator.is_main_process:
         return
     os.umask(umask := os.umask(0o077))  # read by being set; safetensors writes files for their owner alone
