@@ -307,6 +307,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, utils
 from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
@@ -382,7 +383,7 @@ def crop_image(pixels, size, generator, center, flip):
     pixels = pixels[top : top + height, left : left + width]
     if flip and mirror < 0.5:
         pixels = pixels[:, ::-1]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def list_buckets(args):
@@ -648,7 +649,9 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
                 raise ValueError("it knows no word: a file of it is missing")
             return part
         kwargs |= {"variant": variant, "output_loading_info": True, **where(args, name)}
-        part, found = part_class.from_pretrained(model, **kwargs)
+        meta = name == "transformer" and importlib.metadata.version("diffusers") >= "0.40"  # spares seconds and a copy
+        with torch.device("meta") if meta and not kwargs.get("quantization_config") else contextlib.nullcontext():
+            part, found = part_class.from_pretrained(model, **kwargs)
         odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if odd and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
@@ -1073,8 +1076,7 @@ def save_checkpoint(args, accelerator, trained, average, run, step):
         partial.rename(folder)
         for number, path in list_checkpoints(args.output_dir).items():
             if number > step:  # the run has gone on from one before it
-                aside = path.rename(f"{path}.{time.time():.0f}")
-                log.warning(f"{path} was of an earlier course of training: it is now {aside.name}")
+                log.warning(f"{path} was of an earlier course: it is now {path.rename(f'{path}.{time.time():.0f}')}")
         for old in list(list_checkpoints(args.output_dir).values())[args.checkpoints_total_limit or sys.maxsize :]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -1424,15 +1426,17 @@ def open_repository(args, accelerator):
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
         options = {"private": args.hub_private_repo or None, "exist_ok": True, "token": args.hub_token}
         repository = huggingface_hub.create_repo(repository, **options).repo_id
-        # Creating passes over one that is there and not ours.
-        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)
+        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)  # create_repo takes any
     return repository
 
 
 def publish(args, accelerator, repository, step, image_paths, failed):
-    """Writes the model card and uploads this run's result, nothing else of the folder; either may fail by itself."""
+    """Gives the weights the umask's mode, writes the card and uploads this run's result; either may fail by itself."""
     if not accelerator.is_main_process:
         return
+    os.umask(umask := os.umask(0o077))  # read by being set; safetensors writes files for their owner alone
+    for path in Path(args.output_dir).rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
     with attempt(failed, "writing the model card"):
         write_card(args, accelerator, repository or args.output_dir, step, image_paths)
     if repository:
@@ -1453,6 +1457,7 @@ def start_accelerator(args):
             Path(folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
+    AcceleratorState._reset_state()  # in a notebook the settings of the run before would stand
     try:
         accelerator = Accelerator(
             # A plugin, since accelerate prefers the environment's number to a plain argument.
@@ -1593,6 +1598,8 @@ def prepare_models(args, accelerator, trained, total):
     shape = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
     schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths, **shape)
     *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
+    if accelerator.distributed_type.value == "FSDP":  # accelerate has all others enter autocast by themselves
+        models[0].forward = accelerator.autocast()(models[0].forward)
     trained = dict(zip(trained, models, strict=True))
     # accelerate leaves the weights to save_weights and load_trained, which write and read them in the form users load.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
@@ -1750,8 +1757,7 @@ def main(args):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
                     moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
                     latents, noise, u = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
-                    with accelerator.autocast():  # a model of FSDP2 does not enter it by itself
-                        losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
+                    losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:
