@@ -783,6 +783,7 @@ def read_adapters(args, checkpoint, name, model):
     source, own = checkpoint or args.init_lora, get_peft_model_state_dict(model, save_embedding_layers=False)
     with or_refuse(f"the adapters in {str(source)!r} cannot be read"):
         state = StableDiffusion3Pipeline.lora_state_dict(str(source))
+    state = {key.replace("vector.weight", "vector"): weight for key, weight in state.items()}  # as PEFT names it
     state = {key.removeprefix(f"{name}."): weight for key, weight in state.items() if key.startswith(f"{name}.")}
     given, wanted = ({key: tuple(weight.shape) for key, weight in each.items()} for each in (state, own))
     odd = sorted(dict(given.items() ^ wanted.items()))
@@ -1042,7 +1043,7 @@ def save_weights(args, accelerator, trained, folder, final=False):
         if final:
             scale = adapter_scale(model)
             state = {key: value * scale if "lora_B" in key else value for key, value in state.items()}
-            # transformers 5 finds DoRA's magnitudes of a text encoder under this name alone.
+        if final and name in TEXT_ENCODERS:  # transformers 5 finds their DoRA magnitudes under this name alone
             state = {re.sub("magnitude_vector$", "magnitude_vector.weight", key): v for key, v in state.items()}
         layers[f"{name}_lora_layers"] = {key: value.to(dtype) for key, value in state.items()}
     if accelerator.is_main_process:

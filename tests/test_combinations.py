@@ -118,7 +118,7 @@ def watch(monkeypatch):
 
         def keep_losses(inputs, result):
             seen.batches.append(tuple(len(inputs[name]) for name in ("latents", "noise", "u", "embeds", "pooled")))
-            seen.losses.append(result.detach())
+            seen.losses.append(result[0].detach())
 
         def keep_point(inputs, result):
             seen.points.append(dict(inputs["figures"]))
