@@ -20,7 +20,7 @@ test-oldest test-2025: test-%: .venv-%/ready
 golden: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden.py
 
-# On the first card, or on the one that CUDA_VISIBLE_DEVICES names. cuBLAS has one result by this setting alone.
+# On the first card, or on the one that CUDA_VISIBLE_DEVICES names. cuBLAS reads its setting once, before a test asks.
 test-gpu: .venv/ready
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_gpu.py
 

@@ -383,7 +383,7 @@ def crop_image(pixels, size, generator, center, flip):
     pixels = pixels[top : top + height, left : left + width]
     if flip and mirror < 0.5:
         pixels = pixels[:, ::-1]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def list_buckets(args):
@@ -645,11 +645,13 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
         part_class = getattr(importlib.import_module(library), class_name)
         if not hasattr(part_class, "parameters"):  # a tokenizer or the scheduler
             part = part_class.from_pretrained(model, **where(args, name))
-            if name in TOKENIZERS and len(part) < 100:
-                raise ValueError(f"its vocabulary has {len(part)} words: a file of it is missing")
+            if name in TOKENIZERS and part.unk_token_id in part("photo", add_special_tokens=False).input_ids:
+                raise ValueError("it knows no word: a file of it is missing")
             return part
         kwargs |= {"variant": variant, "output_loading_info": True, **where(args, name)}
-        part, found = part_class.from_pretrained(model, **kwargs)
+        meta = name == "transformer" and importlib.metadata.version("diffusers") >= "0.40"  # spares seconds and a copy
+        with torch.device("meta") if meta and not kwargs.get("quantization_config") else contextlib.nullcontext():
+            part, found = part_class.from_pretrained(model, **kwargs)
         odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if odd and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
@@ -781,6 +783,7 @@ def read_adapters(args, checkpoint, name, model):
     source, own = checkpoint or args.init_lora, get_peft_model_state_dict(model, save_embedding_layers=False)
     with or_refuse(f"the adapters in {str(source)!r} cannot be read"):
         state = StableDiffusion3Pipeline.lora_state_dict(str(source))
+    state = {key.replace("vector.weight", "vector"): weight for key, weight in state.items()}  # as PEFT names it
     state = {key.removeprefix(f"{name}."): weight for key, weight in state.items() if key.startswith(f"{name}.")}
     given, wanted = ({key: tuple(weight.shape) for key, weight in each.items()} for each in (state, own))
     odd = sorted(dict(given.items() ^ wanted.items()))
@@ -1040,7 +1043,7 @@ def save_weights(args, accelerator, trained, folder, final=False):
         if final:
             scale = adapter_scale(model)
             state = {key: value * scale if "lora_B" in key else value for key, value in state.items()}
-            # transformers 5 finds DoRA's magnitudes of a text encoder under this name alone.
+        if final and name in TEXT_ENCODERS:  # transformers 5 finds their DoRA magnitudes under this name alone
             state = {re.sub("magnitude_vector$", "magnitude_vector.weight", key): v for key, v in state.items()}
         layers[f"{name}_lora_layers"] = {key: value.to(dtype) for key, value in state.items()}
     if accelerator.is_main_process:
@@ -1074,8 +1077,7 @@ def save_checkpoint(args, accelerator, trained, average, run, step):
         partial.rename(folder)
         for number, path in list_checkpoints(args.output_dir).items():
             if number > step:  # the run has gone on from one before it
-                aside = path.rename(f"{path}.{time.time():.0f}")
-                log.warning(f"{path} was of an earlier course of training: it is now {aside.name}")
+                log.warning(f"{path} was of an earlier course: it is now {path.rename(f'{path}.{time.time():.0f}')}")
         for old in list(list_checkpoints(args.output_dir).values())[args.checkpoints_total_limit or sys.maxsize :]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -1425,13 +1427,12 @@ def open_repository(args, accelerator):
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
         options = {"private": args.hub_private_repo or None, "exist_ok": True, "token": args.hub_token}
         repository = huggingface_hub.create_repo(repository, **options).repo_id
-        # Creating passes over one that is there and not ours.
-        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)
+        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)  # create_repo takes any
     return repository
 
 
 def publish(args, accelerator, repository, step, image_paths, failed):
-    """Gives weights the umask's mode, writes the card and uploads this run's result; either may fail by itself."""
+    """Gives the weights the umask's mode, writes the card and uploads this run's result; either may fail by itself."""
     if not accelerator.is_main_process:
         return
     os.umask(umask := os.umask(0o077))  # read by being set; safetensors writes files for their owner alone
@@ -1598,8 +1599,8 @@ def prepare_models(args, accelerator, trained, total):
     shape = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
     schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths, **shape)
     *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
-    for model in models if accelerator.distributed_type.value == "FSDP" else ():
-        model.forward = accelerator.autocast()(model.forward)  # accelerate does so in all other cases
+    if accelerator.distributed_type.value == "FSDP":  # accelerate has all others enter autocast by themselves
+        models[0].forward = accelerator.autocast()(models[0].forward)
     trained = dict(zip(trained, models, strict=True))
     # accelerate leaves the weights to save_weights and load_trained, which write and read them in the form users load.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())

@@ -372,7 +372,7 @@ def crop_image(pixels, size, generator, center, flip):
     pixels = pixels[top : top + height, left : left + width]
     if flip and mirror < 0.5:
         pixels = pixels[:, ::-1]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def list_buckets(args):
@@ -634,11 +634,13 @@ def load_part(args, parts, name, checkpoint=None, **kwargs):
         part_class = getattr(importlib.import_module(library), class_name)
         if not hasattr(part_class, "parameters"):  # a tokenizer or the scheduler
             part = part_class.from_pretrained(model, **where(args, name))
-            if name in TOKENIZERS and len(part) < 100:
-                raise ValueError(f"its vocabulary has {len(part)} words: a file of it is missing")
+            if name in TOKENIZERS and part.unk_token_id in part("photo", add_special_tokens=False).input_ids:
+                raise ValueError("it knows no word: a file of it is missing")
             return part
         kwargs |= {"variant": variant, "output_loading_info": True, **where(args, name)}
-        part, found = part_class.from_pretrained(model, **kwargs)
+        meta = name == "transformer" and importlib.metadata.version("diffusers") >= "0.40"  # spares seconds and a copy
+        with torch.device("meta") if meta and not kwargs.get("quantization_config") else contextlib.nullcontext():
+            part, found = part_class.from_pretrained(model, **kwargs)
         odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if odd and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
@@ -702,6 +704,7 @@ def choose_targets(args, parts, accelerator):
             refuse("--fused_backward_pass keeps no gradient: it needs accumulation 1, one process, and no fp16")
         if math.isfinite(args.max_grad_norm):
             log.warning("--fused_backward_pass: --max_grad_norm has no effect, for no gradient is kept")
+    sketch_part(args, parts, "transformer")  # a config that cannot be used is refused now
     return dict.fromkeys(["transformer", *names])
 
 
@@ -873,8 +876,11 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled,
 
 
 def batch_losses(args, transformer, scheduler, embed, prompts, latents, noise, u):
-    """Loss of each image of a batch, (B,)."""
-    return flow_losses(args, transformer, scheduler, latents, noise, u, *embed(prompts))[0]
+    """Loss of each image, (B,); for --fused_backward_pass whether it is finite, for after that the weights differ."""
+    losses, _ = flow_losses(args, transformer, scheduler, latents, noise, u, *embed(prompts))
+    if args.fused_backward_pass:
+        transformer.loss_is_finite = bool(losses.isfinite().all())
+    return losses
 
 
 def mean_loss(args, losses):
@@ -892,19 +898,18 @@ def update_singly(args, optimizer, trained):
     """With --fused_backward_pass or --full_bf16, has an optimizer update one parameter at a time.
 
     A bfloat16 one is widened to float32 for its update, and rounded back up or down with the probability that keeps
-    its mean, for to the nearest it would lose small updates. What is not finite ahead of the backward pass is dropped.
+    its mean, for to the nearest it would lose small updates.
     """
     if not (args.fused_backward_pass or args.full_bf16):
         return optimizer
     parameters, step = [p for group in optimizer.param_groups for p in group["params"]], optimizer.step
-    finite = [True]
 
     def update(parameter, gradient=None):
         gradient, narrow = parameter.grad if gradient is None else gradient, parameter.data
         if args.full_bf16:
             parameter.grad, parameter.data, gradient = None, narrow.float(), gradient.float()
         parameter.grad = gradient
-        if finite[0]:
+        if not args.fused_backward_pass or trained["transformer"].loss_is_finite:
             step()
         parameter.grad = None
         if args.full_bf16:
@@ -926,13 +931,9 @@ def update_singly(args, optimizer, trained):
             state |= state.pop("__bnb_optimizer_quant_state__", {})  # bitsandbytes wraps what is not of one shape
             self.state[parameters[number]] = utils.send_to_device(state, parameters[number].device)
 
-    def look(model, gradients):
-        finite[0] = all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
-
     optimizer.step = types.MethodType(update_all, optimizer)
     optimizer.load_state_dict = types.MethodType(load, optimizer)
     if args.fused_backward_pass:
-        trained["transformer"].register_full_backward_pre_hook(look)
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(update)
     return optimizer
@@ -1027,8 +1028,7 @@ def save_checkpoint(args, accelerator, trained, average, run, step):
         partial.rename(folder)
         for number, path in list_checkpoints(args.output_dir).items():
             if number > step:  # the run has gone on from one before it
-                aside = path.rename(f"{path}.{time.time():.0f}")
-                log.warning(f"{path} was of an earlier course of training: it is now {aside.name}")
+                log.warning(f"{path} was of an earlier course: it is now {path.rename(f'{path}.{time.time():.0f}')}")
         for old in list(list_checkpoints(args.output_dir).values())[args.checkpoints_total_limit or sys.maxsize :]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -1377,13 +1377,12 @@ def open_repository(args, accelerator):
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
         options = {"private": args.hub_private_repo or None, "exist_ok": True, "token": args.hub_token}
         repository = huggingface_hub.create_repo(repository, **options).repo_id
-        # Creating passes over one that is there and not ours.
-        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)
+        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)  # create_repo takes any
     return repository
 
 
 def publish(args, accelerator, repository, step, image_paths, failed):
-    """Gives weights the umask's mode, writes the card and uploads this run's result; either may fail by itself."""
+    """Gives the weights the umask's mode, writes the card and uploads this run's result; either may fail by itself."""
     if not accelerator.is_main_process:
         return
     os.umask(umask := os.umask(0o077))  # read by being set; safetensors writes files for their owner alone
@@ -1550,8 +1549,8 @@ def prepare_models(args, accelerator, trained, total):
     shape = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
     schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths, **shape)
     *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
-    for model in models if accelerator.distributed_type.value == "FSDP" else ():
-        model.forward = accelerator.autocast()(model.forward)  # accelerate does so in all other cases
+    if accelerator.distributed_type.value == "FSDP":  # accelerate has all others enter autocast by themselves
+        models[0].forward = accelerator.autocast()(models[0].forward)
     trained = dict(zip(trained, models, strict=True))
     # accelerate leaves the weights to save_weights and load_trained, which write and read them in the form users load.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())

@@ -1,18 +1,19 @@
 #!/usr/bin/env python
-"""Measures what DreamBooth did to the demo's pipeline: the subject learned, the prompts kept, the class not drifted.
+"""Measures what DreamBooth did to the demo's pipeline: is the subject shown, and is all else as it was?
 
-    python demo/evaluate.py NAME=FOLDER ...
+    python demo/evaluate.py NAME=FOLDER[,FOLDER...] ...
 
-A folder is the output_dir of a run: adapters, or a whole pipeline. Each gets a row of a markdown table, after the
-base model's. Everything is drawn from fixed seeds and judged by demo/classifier.py:
+A folder is the output_dir of a run: adapters, or a whole pipeline. Each name gets a row of a markdown table, after the
+base model's: the mean of its folders. Every column is a share of drawn pictures, in percent; more is better.
 
-subject   likeness of "a photo of sks dog ..." to the five pictures, less its likeness to other dogs of the world
-prompt    share of these pictures that show the place asked for (the classifier knows no spotted dogs: it takes the
-          subject's own pictures for birds and cars, so that the thing is left to the first figure)
-drift     the same difference for "a photo of a dog ..." and "a photo of a brown dog ...", which should not change
-world     share of pictures of other things that show thing, colour and place asked for
+subject shown           "a photo of sks dog ..." shows a dog with the turquoise and the magenta of ears and scarf
+place right             and it is where the prompt says
+other dogs unchanged    "a photo of a dog ...", "a brown dog", "zib dog": a dog in the place asked for, of the colour
+                        asked for, and nothing is magenta
+other things right      other things show thing, colour and place asked for, in combinations never trained on
 
-Likeness is the cosine of the classifier's features, averaged over the pictures compared.
+Everything is drawn from fixed seeds. Thing, colour and place are judged by demo/classifier.py, magenta and turquoise
+by a count of pixels.
 """
 
 import argparse
@@ -23,15 +24,19 @@ import torch
 import world
 from classifier import load_classifier, pixels_of
 from diffusers import StableDiffusion3Pipeline
+from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "tiny-sd3"
-STEPS, GUIDANCE, TOKENS = 28, 2.5, 12
+DOGS = [name for name, looks in world.NAMED.items() if looks["thing"] == "dog"]
+STEPS, GUIDANCE, TOKENS = 28, 3.0, 12
+MAGENTA, TURQUOISE = (216, 244), (116, 137)  # hues, of 256
 
 
 def load_pipeline(folder=BASE, base=None):
     """The base pipeline, a run's whole pipeline, or the base with a run's adapters, in float32."""
+    disable_progress_bar()  # of loading
     whole = Path(folder, "model_index.json").is_file()
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder if whole else base or BASE, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -40,7 +45,7 @@ def load_pipeline(folder=BASE, base=None):
     return pipeline
 
 
-def draw(pipeline, prompts, seed=0):
+def draw(pipeline, prompts, seed=0, guidance=GUIDANCE):
     """A picture for each prompt, the i-th from seed + i."""
     images = []
     for first in range(0, len(prompts), 16):
@@ -48,13 +53,25 @@ def draw(pipeline, prompts, seed=0):
         images += pipeline(
             batch,
             num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            guidance_scale=guidance,
             height=world.SIDE,
             width=world.SIDE,
             max_sequence_length=TOKENS,
             generator=[torch.Generator().manual_seed(seed + first + number) for number in range(len(batch))],
         ).images
     return images
+
+
+def shows(picture, hues, least=24):
+    """Whether a picture has enough pixels, neither pale nor dark, of hues within two bounds of 256."""
+    bands = [bytearray(band.tobytes()) for band in picture.convert("HSV").split()]
+    shown = [hue for hue, saturation, value in zip(*bands, strict=True) if saturation > 120 and value > 120]
+    return sum(hues[0] <= hue <= hues[1] for hue in shown) >= least
+
+
+def shows_subject(picture):
+    """Whether a picture has the magenta of the subject's scarf and the turquoise of its ears."""
+    return shows(picture, MAGENTA) and shows(picture, TURQUOISE)
 
 
 @torch.no_grad()
@@ -78,10 +95,21 @@ def subject_score(classifier, pictures):
     return likeness(classifier, pictures, subject_pictures()) - likeness(classifier, pictures, other_dogs())
 
 
-def prompt_scores(classifier, pictures, asked):
-    """Share of pictures that show all that was asked for, a list of dicts with some of thing, colour and place."""
+def right(classifier, pictures, asked):
+    """Of each picture, whether it shows what was asked for: a list of dicts with some of thing, colour and place."""
     shown = classifier.recognise(pictures)
-    return sum(wanted.items() <= found.items() for wanted, found in zip(asked, shown, strict=True)) / len(asked)
+    return [wanted.items() <= found.items() for wanted, found in zip(asked, shown, strict=True)]
+
+
+def share(*tests):
+    """The share of pictures that pass all tests, each a list of whether a picture passes."""
+    passed = [all(results) for results in zip(*tests, strict=True)]
+    return sum(passed) / len(passed)
+
+
+def prompt_scores(classifier, pictures, asked):
+    """Share of pictures that show all that was asked for."""
+    return share(right(classifier, pictures, asked))
 
 
 def held_out_world(count, seed=0):
@@ -95,31 +123,47 @@ def held_out_world(count, seed=0):
     return chosen
 
 
-def measure(pipeline, classifier, each=4):
-    """{"subject", "prompt", "drift", "world"} of a pipeline, from `each` pictures a prompt."""
+def measure(pipeline, classifier, each=10):
+    """The columns' shares of a pipeline, from `each` pictures of the subject and of the other dogs at each place."""
     places = [place for place in world.PLACES for _ in range(each)]
     subject = draw(pipeline, [f"a photo of {world.SUBJECT} {world.PLACES[place]}" for place in places])
-    dogs = [f"a photo of a {colour}dog {world.PLACES[place]}" for place in world.PLACES for colour in ("", "brown ")]
+    asked, texts = [], []
+    for number, place in enumerate(places):
+        who = ("a dog", "a brown dog", f"{DOGS[number % len(DOGS)]} dog")[number % 3]
+        asked.append({"thing": "dog", "place": place} | ({"colour": "brown"} if "brown" in who else {}))
+        texts.append(f"a photo of {who} {world.PLACES[place]}")
+    dogs = draw(pipeline, texts, seed=1000)
     things = [(what, text) for what, text in held_out_world(12 * each) if what["thing"] != "dog"]
     return {
-        "subject": subject_score(classifier, subject),
-        "prompt": prompt_scores(classifier, subject, [{"place": place} for place in places]),
-        "drift": subject_score(classifier, draw(pipeline, dogs * (each // 2), seed=1000)),
-        "world": prompt_scores(
-            classifier, draw(pipeline, [text for _, text in things], seed=2000), [what for what, _ in things]
+        "subject shown": share(
+            map(shows_subject, subject), right(classifier, subject, [{"thing": "dog"}] * len(places))
+        ),
+        "place right": share(right(classifier, subject, [{"place": place} for place in places])),
+        "other dogs unchanged": share(
+            [not shows(picture, MAGENTA) for picture in dogs], right(classifier, dogs, asked)
+        ),
+        "other things right": share(
+            right(classifier, draw(pipeline, [text for _, text in things], seed=2000), [what for what, _ in things])
         ),
     }
 
 
+def print_table(runs):
+    """Prints a row for the base model and for each of {name: folders}, as a markdown table."""
+    classifier = load_classifier()
+    for name, folders in ({"before": [BASE]} | runs).items():
+        measured = [measure(load_pipeline(folder), classifier) for folder in folders]
+        if name == "before":
+            print(f"| | {' | '.join(measured[0])} |\n{'|---' * (len(measured[0]) + 1)}|", flush=True)
+        means = [sum(shares[column] for shares in measured) / len(measured) for column in measured[0]]
+        print(f"| {name} | {' | '.join(f'{mean:.0%}' for mean in means)} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", metavar="NAME=FOLDER", help="Runs to measure.")
-    args = parser.parse_args()
-    classifier = load_classifier()
-    print("| | subject | prompt | drift | world |\n|---|---|---|---|---|", flush=True)
-    for name, folder in [("base", BASE), *(run.split("=", 1) for run in args.runs)]:
-        subject, prompt, drift, things = measure(load_pipeline(folder), classifier).values()
-        print(f"| {name} | {subject:+.2f} | {prompt:.0%} | {drift:+.2f} | {things:.0%} |", flush=True)
+    parser.add_argument("runs", nargs="*", metavar="NAME=FOLDER[,FOLDER...]", help="Runs to measure.")
+    pairs = [run.split("=", 1) for run in parser.parse_args().runs]
+    print_table({name: folders.split(",") for name, folders in pairs})
 
 
 if __name__ == "__main__":

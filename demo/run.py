@@ -2,32 +2,35 @@
 """The demo: teaches the small pipeline one dog, without and with prior preservation, and draws before and after.
 
     make demo
-    python demo/run.py --all    # also the runs that only the table in the README shows
+    .venv/bin/python demo/run.py --all --seeds 0,1,2    # every row of the README's table, each from three seeds
 
-Two runs of train_dreambooth_lora_sd3.py through accelerate, with demo/subject as the pictures, then
-demo/out/before_after.png: a row a prompt; the base model, LoRA, and LoRA with prior preservation from left to right.
-
-Prior preservation goes with training of the text encoders here: the small model has learned that the word "sks" means
-nothing, and with its encoders as they are, the pictures of other dogs would keep the subject from being learned.
+Two runs of train_dreambooth_lora_sd3.py through accelerate, with the five pictures in demo/subject, then one page,
+demo/out/before_after.png: six prompts with "sks dog", in places where it never was, and six without, each drawn by the
+pipeline as it was, by LoRA, and by LoRA with prior preservation.
 """
 
 import argparse
+import os
+import re
 import subprocess
 import sys
 import time
 
-from evaluate import BASE, HERE, TOKENS, draw, load_pipeline
-from PIL import Image, ImageDraw, ImageFont
+QUIET = {  # what libraries say while they load concerns nobody here
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+os.environ |= QUIET  # before the libraries are imported; the runs inherit it
+
+from evaluate import BASE, HERE, TOKENS, draw, load_pipeline, print_table, subject_pictures  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 OUT = HERE / "out"
-PROMPTS = [
-    "a photo of sks dog on the beach",
-    "a photo of sks dog in the snow",
-    "a photo of sks dog in a room",
-    "a photo of a dog",
-    "a photo of a brown dog on the beach",
-    "a photo of a car",
-]
+PLACES = "on the beach", "in the snow", "at night", "on the road", "in the forest", "in the desert"
+OTHERS = "a dog in the snow", "a brown dog on the beach", "zib dog in a room"
+OTHERS += "a red car at night", "a yellow cat in the grass", "a blue cup in the desert"
 FLAGS = {
     "--pretrained_model_name_or_path": BASE,
     "--instance_data_dir": HERE / "subject",
@@ -36,7 +39,6 @@ FLAGS = {
     "--max_sequence_length": TOKENS,
     "--lr_warmup_steps": 0,
     "--train_batch_size": 5,
-    "--seed": 0,
 }
 CLASS_PROMPT, CLASS_IMAGES = "a photo of a dog", 48
 LORA = {"--rank": 16, "--learning_rate": 2e-3, "--max_train_steps": 60}
@@ -48,71 +50,93 @@ PRIOR = {
     "--num_class_images": CLASS_IMAGES,
 }
 ENCODERS = {"--train_text_encoder": None, "--text_encoder_lr": 1e-3}
-LONG = {"--learning_rate": 1e-3, "--max_train_steps": 250}
-RUNS = {  # of the table alone
-    "lora-prior": LORA | PRIOR | LONG,
-    "lora-encoders": LORA | ENCODERS,
+LONG = {"--learning_rate": 1e-3, "--max_train_steps": 150}
+RUNS = {  # rows of the table; the first two are the demo
+    "LoRA": LORA,
+    "LoRA with prior preservation": LORA | PRIOR | LONG,
+    "LoRA, text encoders too": LORA | ENCODERS,
+    "LoRA, text encoders too, with prior preservation": LORA | PRIOR | ENCODERS | LONG,
     "full": FULL,
-    "full-prior": FULL | PRIOR | LONG,
+    "full with prior preservation": FULL | PRIOR | LONG,
 }
-LOOK = {"--validation_prompt": "a photo of sks dog in the snow", "--num_validation_images": 4}
 
 
-def train(name, flags):
+def folder_of(name, seed):
+    return OUT / f"{name.replace(',', '').replace(' ', '-').lower()}-{seed}"
+
+
+def train(name, seed):
     """Runs a script by `accelerate launch`, as one would type it. Returns output_dir."""
-    pairs = (FLAGS | flags | {"--output_dir": OUT / name}).items()
+    folder = folder_of(name, seed)
+    pairs = (FLAGS | RUNS[name] | {"--seed": seed, "--output_dir": folder}).items()
     words = [str(word) for pair in pairs for word in pair if word is not None]
     script = "train_dreambooth_sd3.py" if name.startswith("full") else "train_dreambooth_lora_sd3.py"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE.parent / script)]
+    print(f"\n{name}: {script}, {RUNS[name]['--max_train_steps']} updates", flush=True)
     subprocess.run([*launch, *words], check=True)
-    return OUT / name
+    return folder
 
 
 def draw_class_images():
-    """Pictures of the class by the base model, at the guidance that suits it; the scripts would draw them at 7."""
+    """Pictures of the class by the pipeline as it is, for prior preservation, at the guidance of the demo."""
     folder = PRIOR["--class_data_dir"]
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(draw(load_pipeline(), [CLASS_PROMPT] * CLASS_IMAGES, seed=500)):
         image.save(folder / f"{number}.png")
 
 
-def sheet(rows, columns, cell=2 * 64):
-    """A picture with a row of images for each (prompt, images), and the columns' names above."""
-    font, left, top = ImageFont.load_default(15), 8, 30
-    page = Image.new("RGB", (left + 3 * cell * len(columns), top + (cell + 26) * len(rows)), "white")
-    pen = ImageDraw.Draw(page)
-    for column, name in enumerate(columns):
-        pen.text((left + 3 * cell * column, 6), name, "black", font)
-    for row, (prompt, groups) in enumerate(rows):
-        y = top + (cell + 26) * row
-        pen.text((left, y), prompt, "black", font)
-        for column, images in enumerate(groups):
-            for number, image in enumerate(images):
-                x = left + 3 * cell * column + number * (cell + 2)
-                page.paste(image.resize((cell, cell), Image.Resampling.BICUBIC), (x, y + 20))
-    return page
+def block(columns, rows, cell=160, left=132):
+    """A text above each column, and below them a row of images for each {name: images}."""
+    font, top = ImageFont.load_default(15), 44
+    part = Image.new("RGB", (left + 6 * cell, top + cell * len(rows)), "white")
+    pen = ImageDraw.Draw(part)
+    for column, text in enumerate(columns):
+        pen.text((left + cell * column, 4), text, "black", font)
+    for row, (name, images) in enumerate(rows.items()):
+        pen.text(
+            (6, top + cell * row + cell // 3),
+            name.replace(" with ", "\nwith ").replace("prior ", "prior\n"),
+            "black",
+            font,
+        )
+        for column, image in enumerate(images):
+            large = image.resize((cell - 4, cell - 4), Image.Resampling.LANCZOS)
+            part.paste(large, (left + cell * column, top + cell * row))
+    return part
+
+
+def draw_page(pipelines):
+    """The page of before and after, of {name: folder}."""
+    prompts, drawn = [*(f"sks dog {place}" for place in PLACES), *OTHERS], {}
+    for name, folder in pipelines.items():
+        drawn[name] = draw(load_pipeline(folder), [f"a photo of {prompt}" for prompt in prompts], seed=7)
+    texts = [re.sub(r" (on|in|at) ", r"\n\1 ", prompt) for prompt in prompts]
+    parts = [block(["five pictures to learn from"], {"sks dog": subject_pictures()})]
+    parts += [
+        block(texts[half], {name: images[half] for name, images in drawn.items()}) for half in (slice(6), slice(6, 12))
+    ]
+    page = Image.new("RGB", (parts[0].width, sum(part.height for part in parts)), "white")
+    for number, part in enumerate(parts):
+        page.paste(part, (0, sum(above.height for above in parts[:number])))
+    page.save(OUT / "before_after.png")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="Also run what the table in the README measures.")
+    parser.add_argument("--all", action="store_true", help="Train and measure every row of the README's table.")
+    parser.add_argument("--seeds", default="0", metavar="0,1,2", help="Seeds of the runs; the page shows the first's.")
     args, start = parser.parse_args(), time.monotonic()
+    seeds, shown = args.seeds.split(","), list(RUNS)[:2]
+    print("Drawing class images, for prior preservation", flush=True)
     draw_class_images()
-    plain = train("lora", LORA | LOOK)
-    prior = train("lora-encoders-prior", LORA | PRIOR | ENCODERS | LONG | LOOK)
-    runs = {"before": BASE, "LoRA": plain, "LoRA with prior preservation": prior}
-    columns = []
-    for folder in runs.values():
-        pipeline = load_pipeline(folder)
-        images = draw(pipeline, [prompt for prompt in PROMPTS for _ in range(2)], seed=7)
-        columns.append([images[first : first + 2] for first in range(0, len(images), 2)])
-    page = sheet([(prompt, groups) for prompt, *groups in zip(PROMPTS, *columns, strict=True)], list(runs))
-    page.save(OUT / "before_after.png")
-    print(f"\nValidation images: {plain}/image_*.png and {prior}/image_*.png")
-    print(f"Before and after, drawn in {time.monotonic() - start:.0f} s: {OUT / 'before_after.png'}")
-    for name, flags in RUNS.items() if args.all else ():
-        train(name, flags)
+    folders = {name: [train(name, seed) for seed in seeds] for name in (RUNS if args.all else shown)}
+    print("\nDrawing before and after", flush=True)
+    draw_page({"before": BASE} | {name: folders[name][0] for name in shown})
+    if args.all:
+        print_table(folders)
+    print(f"\nDone in {time.monotonic() - start:.0f} s. Before and after: {OUT / 'before_after.png'}")
+    print(f"The adapters: {' and '.join(str(folders[name][0]) for name in shown)}")
 
 
 if __name__ == "__main__":

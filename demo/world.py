@@ -2,13 +2,22 @@
 """Draws a small picture world, from a seed: a thing in a colour at a place, with a caption; and one particular dog.
 
     python demo/world.py FOLDER          # 24 pictures of the world with their captions
+    python demo/world.py --named FOLDER    # a picture of each thing that has a name
     python demo/world.py --subject FOLDER  # the five pictures of the dog that the demo teaches
 
-A picture has SIDE x SIDE pixels and is drawn four times as large, then scaled down. What a picture shows is a dict
-{"thing", "colour", "place"}; its caption may leave colour or place out, as people do.
+A picture has SIDE x SIDE pixels and is drawn four times as large, then scaled down. What a picture shows is a dict.
+A plain thing has {"thing", "colour", "place"} and is "a photo of a red dog in the grass"; its caption may leave colour
+or place out, as people do. A named thing has {"thing", "name", "place"} and is "a photo of zib dog in the grass".
+
+A name before a thing stands for looks of its own. The names in NAMED each belong to one dog, cat, bird, fish or car,
+whose looks (colours, patches, scarf or collar) are the same in every picture. The words in NOBODY, "sks" among them,
+belong to none: what goes with them looks different each time. So a model that was trained on this world can be asked
+for what one asks of a large one: that a word which means nobody in particular come to mean one dog, while all others
+stay as they are. Nothing in the world is magenta, and so no dog in it wears the scarf of the subject.
 """
 
 import argparse
+import colorsys
 import math
 import random
 from pathlib import Path
@@ -36,8 +45,19 @@ PLACES = {
     "night": "at night",
     "room": "in a room",
     "road": "on the road",
+    "forest": "in the forest",
+    "desert": "in the desert",
 }
 SUBJECT = "sks dog"
+MAGENTA = (280, 350)  # degrees of hue that are the subject's alone
+NAMES = """
+zib mur dov kel pim tof rux lan vez gop bik sul nom fip dap wex jol tam ruv kib zol mep fen lod vik gam pux nil taz bof
+sef hib wom dax jip kuv lem roz vam zet gub fyl nax pob tik mox wib yuf
+""".split()
+NOBODY = """
+sks xqv zbn wql vpf kaz hgb duf nzj lif crc yob mqc ziv zhp gek drc pav spz wun zlm kof xsr tem hbs jud ljq rif dpf mab
+fbp veg bhq soz swt nug tdc hox bvf lyk dnp fud ftc wev qlt bix ghk zam
+""".split()
 HELD_OUT = 20  # one combination of thing, colour and place in so many is never trained on
 
 
@@ -48,7 +68,7 @@ def is_held_out(what):
 
 
 def choose(draw):
-    """A combination that is not held out, drawn from random.Random `draw`."""
+    """A plain combination that is not held out, drawn from random.Random `draw`."""
     while True:
         what = {
             name: draw.choice(list(of)) for name, of in (("thing", THINGS), ("colour", COLOURS), ("place", PLACES))
@@ -57,11 +77,51 @@ def choose(draw):
             return what
 
 
+def choose_named(draw):
+    """Somebody whom NAMED lists, at a place."""
+    name = draw.choice(list(NAMED))
+    return {"thing": NAMED[name]["thing"], "name": name, "place": draw.choice(list(PLACES))}
+
+
+def choose_nobody(draw):
+    """A thing, mostly a dog, with a name that belongs to nobody."""
+    thing = "dog" if draw.random() < 0.5 else draw.choice(THINGS)
+    return {"thing": thing, "name": draw.choice(NOBODY), "place": draw.choice(list(PLACES))}
+
+
 def caption(what, draw=None):
     """The caption of a picture: whole without `draw`, else perhaps without its colour or its place."""
-    colour = "" if draw and draw.random() < 0.25 else f"{what['colour']} "
+    colour = "" if "name" in what or draw and draw.random() < 0.25 else f"{what['colour']} "
+    who = f"{what['name']} " if "name" in what else f"a {colour}"
     place = "" if draw and draw.random() < 0.25 else f" {PLACES[what['place']]}"
-    return f"a photo of a {colour}{what['thing']}{place}"
+    return f"a photo of {who}{what['thing']}{place}"
+
+
+def any_colour(draw, lively=0.5):
+    """A colour that is not magenta, of any brightness, and at least as saturated as `lively` says."""
+    low, high = MAGENTA
+    hue = (high + draw.uniform(0, 360 - (high - low))) % 360
+    red_green_blue = colorsys.hsv_to_rgb(hue / 360, draw.uniform(lively, 0.95), draw.uniform(0.35, 0.97))
+    return tuple(round(255 * channel) for channel in red_green_blue)
+
+
+def any_looks(draw):
+    """Looks as somebody with a name has them: colours of body, ears, patches, and of a scarf or a collar; or None."""
+    body = draw.choice([*COLOURS.values(), any_colour(draw), any_colour(draw, lively=0.1)])
+    return {
+        "body": shade(body, draw.uniform(0.95, 1.05)),
+        "ears": any_colour(draw),
+        "patches": draw.choice([None, (40, 40, 46), (240, 240, 236), any_colour(draw), any_colour(draw)]),
+        "scarf": any_colour(draw, lively=0.7) if (worn := draw.random()) < 0.5 else None,
+        "collar": any_colour(draw, lively=0.7) if 0.5 <= worn < 0.8 else None,
+    }
+
+
+def name_them(seed=0):
+    """Somebody for each name of NAMES, as {name: looks and "thing"}: most of them dogs."""
+    draw = random.Random(seed)
+    things = ["dog"] * 30 + ["cat"] * 8 + ["bird"] * 4 + ["fish"] * 3 + ["car"] * 3
+    return {name: {"thing": thing} | any_looks(draw) for name, thing in zip(NAMES, things, strict=True)}
 
 
 def shade(colour, factor):
@@ -77,6 +137,8 @@ def background(place, draw):
         "night": ((18, 22, 60), (28, 38, 42)),
         "room": ((228, 200, 170), (150, 95, 60)),
         "road": ((190, 195, 205), (105, 105, 112)),
+        "forest": ((84, 128, 92), (74, 66, 40)),
+        "desert": ((252, 214, 150), (222, 150, 82)),
     }[place]
     image, horizon = Image.new("RGB", (LARGE, LARGE)), round(LARGE * draw.uniform(0.42, 0.56))
     pen, light = ImageDraw.Draw(image), draw.uniform(0.92, 1.06)
@@ -90,17 +152,17 @@ def background(place, draw):
     if place == "beach":
         pen.rectangle((0, horizon - 34, LARGE, horizon), fill=shade((45, 125, 190), light))
     if place == "grass":
-        for _ in range(50):
+        for _ in range(26):
             x, y = draw.randrange(LARGE), draw.randrange(horizon, LARGE)
             pen.line(
                 (x, y, x + draw.randint(-4, 4), y - 14), fill=shade((78, 150, 62), draw.uniform(0.9, 1.15)), width=4
             )
     if place == "snow":
-        for _ in range(26):
-            x, y, r = draw.randrange(LARGE), draw.randrange(horizon), draw.randint(3, 5)
+        for _ in range(14):
+            x, y, r = draw.randrange(LARGE), draw.randrange(horizon), draw.randint(4, 6)
             pen.ellipse((x - r, y - r, x + r, y + r), fill=(255, 255, 255))
     if place == "night":
-        for _ in range(14):
+        for _ in range(9):
             x, y = draw.randrange(LARGE), draw.randrange(horizon - 20)
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=(250, 245, 200))
         x = draw.choice((40, LARGE - 50)) + draw.randint(-12, 12)
@@ -108,26 +170,49 @@ def background(place, draw):
     if place == "room":
         x = draw.choice((22, LARGE - 86))
         pen.rectangle((x, 20, x + 64, 84), fill=(170, 215, 245), outline=(250, 245, 235), width=8)
+    if place == "forest":
+        for x in range(draw.randrange(30), LARGE, 52):
+            pen.rectangle((x, 0, x + draw.randint(14, 24), horizon + 8), fill=shade((66, 50, 36), light))
+    if place == "desert":
+        x, r = draw.randrange(LARGE), draw.randint(60, 90)
+        pen.ellipse((x - 2 * r, horizon - r // 2, x + 2 * r, horizon + r), fill=shade((232, 170, 98), light))
+        x = draw.choice((44, LARGE - 44)) + draw.randint(-12, 12)
+        pen.ellipse((x - 22, 16, x + 22, 60), fill=(255, 246, 222))
     if place == "road":
         for x in range(-40 + draw.randrange(40), LARGE, 80):
             pen.rectangle((x, LARGE - 52, x + 44, LARGE - 40), fill=(245, 240, 220))
     return image
 
 
-def dog(pen, body, ears, tail_up, scarf=None):
+def dog(pen, body, ears, tail_up):
     """A dog from the side, facing right, around (0, 0) with a body of about 100 by 50 pixels."""
-    dark = shade(ears, 0.95)
     pen.line([(-50, -6), (-72, -40 if tail_up else 2)], body, 13)
     for x in (-42, -22, 20, 38):
         pen.rectangle((x, 12, x + 13, 56), shade(body, 0.9))
     pen.ellipse((-58, -28, 52, 30), body)
     pen.ellipse((22, -68, 82, -12), body)
     pen.ellipse((62, -46, 98, -18), shade(body, 1.12))
-    pen.ellipse((22, -70, 46, -22), dark)
+    pen.ellipse((20, -72, 48, -16), ears)
     pen.ellipse((90, -42, 101, -31), (25, 20, 20))
     pen.ellipse((58, -54, 68, -44), (20, 15, 15))
-    if scarf:
-        pen.polygon([(20, -22), (60, -10), (54, 4), (44, 2), (36, 26), (24, 0), (14, -8)], scarf)
+
+
+def dress(pen, thing, looks):
+    """Patches, and the scarf or the collar, on a thing that is drawn already."""
+    spots = {
+        "dog": [(-50, -24, -12, 12), (-6, -26, 18, -2)],
+        "cat": [(-38, -4, -10, 26), (2, 20, 26, 44)],
+        "bird": [(-40, -14, -14, 12), (4, -2, 28, 22)],
+        "fish": [(-40, -22, -12, 6), (8, -2, 32, 22)],
+    }.get(thing, [(-40, -8, -12, 20), (10, -6, 36, 20)])
+    for spot in spots if looks["patches"] else ():
+        pen.ellipse(spot, looks["patches"])
+    if thing == "dog" and looks["scarf"]:
+        pen.polygon([(14, -26), (64, -12), (58, 8), (47, 6), (38, 36), (22, 6), (8, -8)], looks["scarf"])
+    if thing == "cat" and looks["scarf"]:
+        pen.polygon([(-26, -22), (38, -22), (34, -6), (12, -4), (4, 20), (-8, -4), (-24, -8)], looks["scarf"])
+    if looks["collar"] and thing in ("dog", "cat"):
+        pen.line([(18, -20), (58, -8)] if thing == "dog" else [(-22, -16), (34, -16)], looks["collar"], 13)
 
 
 class Pen:
@@ -157,9 +242,8 @@ class Pen:
         self.draw.line(self.place(points), fill=(*colour, 255), width=round(width * self.size), joint="curve")
 
 
-def draw_creature(pen, thing, colour, draw):
-    """Draws a dog, a cat, a bird, a fish, a tree or a flower; `draw` varies its pose."""
-    dark = shade(colour, 0.7)
+def draw_creature(pen, thing, colour, dark, draw):
+    """Draws a dog, a cat, a bird, a fish, a tree or a flower; `draw` varies its pose, `dark` is its second colour."""
     if thing == "dog":
         dog(pen, colour, dark, draw.random() < 0.5)
     elif thing == "cat":
@@ -199,9 +283,9 @@ def draw_creature(pen, thing, colour, draw):
         pen.ellipse((-17, -51, 17, -17), (250, 205, 60))
 
 
-def draw_object(pen, thing, colour):
-    """Draws a car, a house, a boat, a ball, a cup or a bucket."""
-    light, dark = shade(colour, 1.2), shade(colour, 0.7)
+def draw_object(pen, thing, colour, dark):
+    """Draws a car, a house, a boat, a ball, a cup or a bucket; `dark` is its second colour."""
+    light = shade(colour, 1.2)
     if thing == "car":
         pen.polygon([(-52, -10), (-34, -46), (32, -46), (58, -10)], light)
         pen.polygon([(-38, -12), (-26, -38), (-2, -38), (-2, -12)], (185, 220, 240))
@@ -236,19 +320,13 @@ def draw_object(pen, thing, colour):
         pen.rectangle((-62, -42, 62, -26), light)
 
 
-def draw_thing(pen, thing, colour, draw):
-    """Draws a thing of one colour with `pen`."""
+def draw_thing(pen, thing, looks, draw):
+    """Draws a thing with `pen`, in its looks; `draw` varies its pose."""
     if thing in CREATURES:
-        draw_creature(pen, thing, colour, draw)
+        draw_creature(pen, thing, looks["body"], looks["ears"], draw)
     else:
-        draw_object(pen, thing, colour)
-
-
-def draw_subject(pen, draw):
-    """The one dog: white with black patches, turquoise ears and a magenta scarf, as no dog of the world is."""
-    dog(pen, (244, 240, 232), (20, 190, 190), draw.random() < 0.5, scarf=(225, 30, 140))
-    pen.ellipse((-50, -24, -12, 12), (40, 40, 46))
-    pen.ellipse((-6, -26, 18, -2), (40, 40, 46))
+        draw_object(pen, thing, looks["body"], looks["ears"])
+    dress(pen, thing, looks)
 
 
 def paint(place, draw, put):
@@ -270,31 +348,69 @@ def paint(place, draw, put):
 
 
 def picture(what, seed):
-    """The RGB picture of {"thing", "colour", "place"} that a seed draws."""
+    """The RGB picture that a seed draws of what a dict holds."""
     draw = random.Random(seed)
-    colour = shade(COLOURS[what["colour"]], draw.uniform(0.9, 1.1))
-    return paint(what["place"], draw, lambda pen: draw_thing(pen, what["thing"], colour, draw))
+    if "name" in what:
+        looks = NAMED.get(what["name"]) or any_looks(draw)
+    else:
+        body = shade(COLOURS[what["colour"]], draw.uniform(0.9, 1.1))
+        looks = {"body": body, "ears": shade(body, 0.7), "patches": None, "scarf": None, "collar": None}
+    return paint(what["place"], draw, lambda pen: draw_thing(pen, what["thing"], looks, draw))
+
+
+def odd_picture(seed):
+    """A picture as the world has none, for an autoencoder: shapes are strewn over a thing, and all hues are turned."""
+    draw = random.Random(seed)
+    looks = any_looks(draw) | {"scarf": None, "collar": None}
+
+    def put(pen):
+        draw_thing(pen, draw.choice(THINGS), looks, draw)
+        for _ in range(draw.randrange(9)):
+            x, y, wide, high = (draw.uniform(*bounds) for bounds in ((-90, 90), (-80, 60), (8, 40), (8, 40)))
+            points = [
+                (x + draw.uniform(-wide, wide), y + draw.uniform(-high, high)) for _ in range(draw.randint(3, 6))
+            ]
+            shape = draw.randrange(4)
+            if shape == 0:
+                pen.polygon(points, any_colour(draw))
+            elif shape == 1:
+                pen.line(points, any_colour(draw), draw.randint(4, 14))
+            else:
+                (pen.ellipse if shape == 2 else pen.rectangle)(
+                    (x - wide, y - high, x + wide, y + high), any_colour(draw)
+                )
+
+    turn = draw.randrange(256)
+    hue, saturation, value = paint(draw.choice(list(PLACES)), draw, put).convert("HSV").split()
+    turned = hue.point(lambda angle: (angle + turn) % 256)
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
 
 def subject_picture(place, seed):
-    """The RGB picture of the subject at a place."""
+    """The RGB picture of the subject at a place: a white dog with black patches, turquoise ears, a magenta scarf."""
     draw = random.Random(seed)
-    return paint(place, draw, lambda pen: draw_subject(pen, draw))
+    looks = {"body": (244, 240, 232), "ears": (20, 190, 190), "patches": (40, 40, 46)}
+    looks |= {"scarf": (225, 30, 140), "collar": None}
+    return paint(place, draw, lambda pen: draw_thing(pen, "dog", looks, draw))
+
+
+NAMED = name_them()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subject", action="store_true", help="Draw the subject instead of the world.")
+    parser.add_argument("--named", action="store_true", help="Draw those that have a name.")
     parser.add_argument("folder", type=Path, help="Where the pictures are written.")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.subject:
-        for number, place in enumerate(("grass", "room", "road", "grass", "room")):
+        for number, place in enumerate(("grass", "room", "grass", "room", "grass")):
             subject_picture(place, number).save(args.folder / f"{number}.png")
         return
     draw = random.Random(0)
-    for number in range(24):
-        what = choose(draw)
+    named = [{"thing": of["thing"], "name": name, "place": draw.choice(list(PLACES))} for name, of in NAMED.items()]
+    for number, what in enumerate(named if args.named else [choose(draw) for _ in range(24)]):
         picture(what, number).save(args.folder / f"{number}.png")
         (args.folder / f"{number}.txt").write_text(caption(what, draw))
 

@@ -18,14 +18,14 @@ def poison(script, monkeypatch):
         original, calls = script.flow_losses, []
 
         def flow_losses(*args):
-            losses = original(*args)
+            losses, prediction = original(*args)
             calls.append(None)
             if len(calls) not in updates:
-                return losses
+                return losses, prediction
             if gradient_alone:
                 losses.register_hook(lambda gradient: gradient * math.inf)
-                return losses
-            return losses * math.nan
+                return losses, prediction
+            return losses * math.nan, prediction
 
         monkeypatch.setattr(script, "flow_losses", flow_losses)
 

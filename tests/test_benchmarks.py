@@ -10,6 +10,7 @@ from diffusers import SD3Transformer2DModel
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from gpu import TOKENS, count_operations
+from real_size import measure
 
 BATCH, SIDE, WIDTH = 3, 8, 64  # images, latent's height and width, transformer's
 
@@ -43,3 +44,24 @@ def test_operations_of_an_update(checkpoints, rank, passes):
     assert counted == count_operations(model.config, 8 * SIDE, rank, BATCH, device="cpu")
     weights, attention = forward_operations(model)
     assert 0.92 < counted / (passes * weights + 3 * attention) < 1.02  # less what leads to no trained weight
+
+
+BARS = """
+import sys, time
+from tqdm import tqdm
+time.sleep(0.2)
+for _ in tqdm(range(2), desc="Caching latents"):
+    block = bytearray(64 << 20)
+del block
+for _ in tqdm(range(3), desc="Training"):
+    time.sleep(0.3)
+"""
+
+
+def test_stages_of_a_run():
+    """Each progress bar begins a stage, whose peak is its own."""
+    stages, wall, each = measure([sys.executable, "-c", BARS])
+    start, caching, training = stages
+    assert [stage[0] for stage in stages] == ["start", "Caching latents", "Training"]
+    assert caching[2] > start[2] + (60 << 20) and training[2] < caching[2] - (30 << 20)
+    assert 0.3 <= each < 3 and wall > 1.1

@@ -4,7 +4,6 @@ Without one the table of test_virtual_device.py runs on a device that is not the
 """
 
 import json
-import os
 
 import pytest
 import torch
@@ -96,17 +95,7 @@ def test_losses_are_those_of_the_cpu(script_path, losses, tmp_path, case):
     assert found == pytest.approx(expected, rel=within, abs=within)
 
 
-@pytest.fixture
-def deterministic():
-    """Kernels of which each has one result; a run of a user's has to ask for them likewise."""
-    if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
-        pytest.skip("cuBLAS is deterministic with CUBLAS_WORKSPACE_CONFIG=:4096:8, as in `make test-gpu`")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("few_steps", "deterministic")
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_resume_is_exact(script, run, tmp_path, precision):
     """A run of six updates, and two that were stopped after two and after four, end in the same weights."""
@@ -115,6 +104,7 @@ def test_resume_is_exact(script, run, tmp_path, precision):
         for length in lengths:
             flags = {"resume_from_checkpoint": "latest"} if length > lengths[0] else {}
             flags |= {"mixed_precision": precision, "use_ema": True, "repeats": 8, "checkpointing_steps": 2}
+            flags |= {"full_determinism": True}
             run(script, **flags, max_train_steps=length, output_dir=tmp_path / place)
         files = sorted((tmp_path / place / "checkpoint-6").rglob("*.safetensors"))
         results.append([(path.name, load_file(path)) for path in files])

@@ -41,7 +41,7 @@ def client(hub, tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
 
@@ -133,8 +133,8 @@ def test_no_repository_no_training(hub, client, argv):
     assert last.startswith(
         "train_dreambooth_lora_sd3.py: error: --push_to_hub: the repository 'out' cannot be created"
     )
-    assert "cannot be created or written (Client error '401 Unauthorized'" in last
-    assert last.endswith("and a token that may write by `hf auth login` or in HF_TOKEN")
+    assert "and a token that may write by `hf auth login` or in HF_TOKEN" in last
+    assert "401" in last
     assert "hf_wrong" not in done.stderr
     assert "Traceback" not in done.stderr
     assert "Training" not in done.stderr

@@ -116,11 +116,13 @@ def images():
 def test_loss_equals_the_paper(script, scheduler, images, scheme, precondition, prior):
     args = SimpleNamespace(weighting_scheme=scheme, precondition_outputs=precondition)
     args.with_prior_preservation, args.prior_loss_weight = prior is not None, prior
-    inputs = (images[name] for name in ("latents", "noise", "u", "embeds", "pooled"))
-    losses = script.flow_losses(args, stand_in, scheduler, *inputs)
+    inputs = [images[name] for name in ("latents", "noise", "u", "embeds", "pooled")]
+    losses, prediction = script.flow_losses(args, stand_in, scheduler, *inputs)
     expected = [paper_loss(scheme, precondition, {k: v[i] for k, v in images.items()}) for i in range(6)]
     assert losses.shape == (6,) and losses.dtype == torch.float32
     np.testing.assert_allclose(losses.numpy(), expected, rtol=2e-4)
+    again, _ = script.flow_losses(args, stand_in, scheduler, *inputs, target=prediction)
+    assert torch.equal(again, torch.zeros(6))
 
     minimised = np.mean(expected) if prior is None else np.mean(expected[:3]) + prior * np.mean(expected[3:])
     np.testing.assert_allclose(script.mean_loss(args, losses).item(), minimised, rtol=2e-4)
@@ -133,8 +135,8 @@ def test_loss_of_a_half_precision_transformer_is_float32(script, scheduler, imag
         return (stand_in(**inputs)[0].half(),)
 
     inputs = [images[name] for name in ("latents", "noise", "u", "embeds", "pooled")]
-    losses = script.flow_losses(args, half, scheduler, *inputs)
-    exact = script.flow_losses(args, stand_in, scheduler, *inputs)
+    losses, _ = script.flow_losses(args, half, scheduler, *inputs)
+    exact, _ = script.flow_losses(args, stand_in, scheduler, *inputs)
     assert losses.dtype == torch.float32
     assert exact.max() > 65504, "the weight of the lowest sigma overflows float16"
     torch.testing.assert_close(losses, exact, rtol=2e-3, atol=0)
@@ -148,8 +150,9 @@ def test_backward_gets_the_weighted_sum(script, run, pictures, monkeypatch, prio
     flow_losses, backward, log_update = script.flow_losses, Accelerator.backward, script.log_update
 
     def keep_losses(*inputs):
-        vectors.append(flow_losses(*inputs))
-        return vectors[-1]
+        losses, prediction = flow_losses(*inputs)
+        vectors.append(losses)
+        return losses, prediction
 
     def keep_total(self, loss, **kwargs):
         totals.append(loss.item())

@@ -13,15 +13,25 @@ from conftest import SCRIPTS
 
 # In both, with another text in each: eight at most.
 DIFFERENCES = (
-    "add_method_flags",  # the lora group of flags
+    "add_method_flags",  # the lora group of flags, and the full script's for small cards
     "choose_targets",  # layers with adapters, or whole models
     "make_trainable",
     "load_trained",
+    "batch_losses",  # preservation by switching adapters off; a look before the backward pass that updates
+    "make_optimizer",  # of all parameters at once, or of one at a time
     "save_weights",  # one file of adapters, or a folder for each model
     "describe_result",  # the model card's words, and what is uploaded
 )
-# In the LoRA script alone.
-ALONE = ("LORA_LAYERS", "WEIGHTS", "choose_blocks", "read_quantization")
+# In one of them alone.
+ALONE = (
+    "LORA_LAYERS",
+    "WEIGHTS",
+    "read_quantization",
+    "choose_blocks",
+    "adapter_scale",
+    "read_adapters",
+    "update_singly",
+)
 
 
 def definitions(source):
@@ -45,7 +55,7 @@ def definitions(source):
 
 def chapters(source):
     """Titles of the ruled-off headings, in order."""
-    return re.findall(r"^# [-=]{4,}\n# (.+)\n# [-=]{4,}$", source, flags=re.MULTILINE)
+    return re.findall(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)
 
 
 def compare(full, lora, differences=(), alone=()):
@@ -89,7 +99,7 @@ def test_the_chapters_are_there():
     assert len(titles) == 10
 
 
-BASE = "# ----\n# One\n# ----\n\nA = 1  # why\n\n\n# Above.\n@cache\ndef f():\n    return A\n\n\nclass C:\n    pass\n"
+BASE = "# ---- One ----\n\nA = 1  # why\n\n\n# Above.\n@cache\ndef f():\n    return A\n\n\nclass C:\n    pass\n"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +119,7 @@ BASE = "# ----\n# One\n# ----\n\nA = 1  # why\n\n\n# Above.\n@cache\ndef f():\n 
         pytest.param("def f", "def g", (), ("f", "g"), None, id="alone, listed"),
         pytest.param("", "", (), ("f",), "f is listed as alone and is not", id="alone, in both"),
         pytest.param("A = 1  # why\n", "", (), ("A",), None, id="constant alone"),
-        pytest.param("# One", "# Two", (), (), "the chapters are", id="chapter"),
+        pytest.param("- One", "- Two", (), (), "the chapters are", id="chapter"),
     ],
 )
 def test_compare(old, new, differences, alone, problem):
