@@ -81,4 +81,5 @@ def test_noise_of_the_right_size_ends_in_one_line(script, kind, argv, saved, cap
         script.main(script.parse_args(argv(**flags)))
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert (end.value.code, len(lines)) == (2, 1)
-    assert str(folder) in lines[0] and " cannot be loaded (" in lines[0]
+    assert str(folder) in lines[0]
+    assert " cannot be loaded: take it away" in lines[0] or "the adapters in " in lines[0]
