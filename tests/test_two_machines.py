@@ -97,14 +97,26 @@ def test_a_process_that_dies_ends_the_other_within_a_minute(launch, argv, tmp_pa
     assert lasted < 60 + 60  # a minute for the start on a busy machine
 
 
+REFUSING = f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import train_dreambooth_lora_sd3 as script
+
+who = sys.argv[1]
+Path(f"{{who}} {{os.environ['RANK']}}").touch()
+while len(list(Path().glob(f"{{who}} *"))) < 2:  # on a busy machine one has imported long before the other
+    time.sleep(0.01)
+if os.environ["RANK"] in who:
+    script.refuse("no")
+time.sleep(30)
+"""
+
+
 def test_a_refusal_is_said_once(launch, tmp_path):
     """By a process that alone refuses, and by the first one where all do: the launcher ends the others before."""
     path = tmp_path / "refusing.py"
-    program = "import os, sys\nsys.path.insert(0, {!r})\nimport train_dreambooth_lora_sd3 as script\n"
-    path.write_text(
-        program.format(str(ROOT)) + "if os.environ['RANK'] in sys.argv[1]:\n    script.refuse('no')\n"
-        "import time\ntime.sleep(30)\n"
-    )
+    path.write_text(REFUSING)
     for who in ("1", "01"):
         done = launch(path, [who], processes=2)
         assert done.stderr.count("refusing.py: error: no\n") == 1
