@@ -107,9 +107,12 @@ who = sys.argv[1]
 Path(f"{{who}} {{os.environ['RANK']}}").touch()
 while len(list(Path().glob(f"{{who}} *"))) < 2:  # on a busy machine one has imported long before the other
     time.sleep(0.01)
+wait = time.sleep
+if who == "01":  # two seconds are ten here: a busy machine takes long to end a process
+    time.sleep = lambda seconds: wait(5 * seconds)
 if os.environ["RANK"] in who:
     script.refuse("no")
-time.sleep(30)
+wait(30)
 """
 
 
