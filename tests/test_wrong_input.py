@@ -143,8 +143,8 @@ def test_absent_package(refused, monkeypatch, package, flags):
 def test_unreadable_image(refused, tmp_path):
     (tmp_path / "a.png").write_bytes(b"not an image")
     line = refused(instance_data_dir=tmp_path)
-    assert line.startswith(f"--instance_data_dir: the image {str(tmp_path / 'a.png')!r} cannot be read (")
-    assert line.endswith("): repair or remove it")
+    assert line.startswith(f"--instance_data_dir (ValueError: the image {str(tmp_path / 'a.png')!r} cannot be read (")
+    assert line.endswith("): repair or remove it)")
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def table(tmp_path):
     [
         ({"image_column": "img"}, "--image_column 'img' is not in --dataset_name: its columns are image, text, score"),
         ({"caption_column": "cap"}, "--caption_column 'cap' is not in --dataset_name: its columns are image, text, s"),
-        ({"image_column": "text"}, "--dataset_name: the image 'a dog' cannot be read"),
+        ({"image_column": "text"}, "--dataset_name (ValueError: the image 'a dog' cannot be read"),
     ],
 )
 def test_columns_of_a_dataset(refused, table, tmp_path, flags, message):
