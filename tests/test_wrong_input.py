@@ -33,7 +33,7 @@ PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt
         ({"lr_scheduler": "step"}, "argument --lr_scheduler: invalid choice: 'step'"),
         ({"report_to": "paper"}, "--report_to 'paper' is unknown: choose from tensorboard, wandb,"),
         ({"mixed_precision": "fp8"}, "argument --mixed_precision: invalid choice: 'fp8'"),
-        ({"weighting_scheme": "none"}, "argument --weighting_scheme: invalid choice: 'none'"),
+        ({"weighting_scheme": "uniform"}, "argument --weighting_scheme: invalid choice: 'uniform'"),
         ({"prior_generation_precision": "fp8"}, "argument --prior_generation_precision: invalid choice: 'fp8'"),
         ({"prodigy_decouple": "maybe"}, "argument --prodigy_decouple: 'maybe' is neither true nor false"),
         ({"precondition_outputs": 2}, "argument --precondition_outputs: invalid choice: 2"),
