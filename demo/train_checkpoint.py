@@ -3,12 +3,12 @@
 
     python demo/train_checkpoint.py --work FOLDER
 
-Four stages: the VAE, on pictures more varied than the world's; the latents of the training pictures, once; the VAE's
-decoder on such latents; and the transformer together with the three text encoders, by the rectified-flow loss. No stage
-sees the subject, nor anything that wears its scarf. Each keeps its state in the work folder and goes on from there when
-the program is started again, further than before where its number of steps is larger. The last two need only the first
-two, so that with --stage they can run side by side. With --vae_steps 0 --decoder_steps 0 --steps 0 it writes the
-pipeline as the states in the folder have it.
+Four stages: the VAE, on pictures more varied than the world's; the latents of the training pictures, once; the
+VAE's decoder on such latents; and the transformer together with the three text encoders, by the rectified-flow loss.
+No stage sees the subject, nor anything that wears its scarf. Each keeps its state in the work folder and goes on from
+there when the program is started again, further than before where its number of steps is larger. The last two need
+only the first two, so that with --stage they can run side by side. With --vae_steps 0 --decoder_steps 0 --steps 0 it
+writes the pipeline as the states in the folder have it.
 """
 
 import argparse
