@@ -54,7 +54,7 @@ PRIOR = {
     "--num_class_images": CLASS_IMAGES,
 }
 ENCODERS = {"--train_text_encoder": None, "--text_encoder_lr": 1e-3}
-LONG = {"--learning_rate": 1e-3, "--max_train_steps": 150}
+LONG = {"--learning_rate": 1e-3, "--max_train_steps": 250}
 RUNS = {  # rows of the table; the first two are the demo
     "LoRA": LORA,
     "LoRA with prior preservation": LORA | PRIOR | LONG,
