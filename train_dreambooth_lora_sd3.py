@@ -620,8 +620,8 @@ def read_pipeline(args):
     """Parts of the base pipeline, {name: (library, class)}, from model_index.json. Anything but an SD3 is refused."""
     model, hub = args.pretrained_model_name_or_path, {"cache_dir": args.cache_dir, "revision": args.revision}
     try:
-        index = StableDiffusion3Pipeline.load_config(model, **hub)
-    except (OSError, ValueError) as error:
+        index = dict(StableDiffusion3Pipeline.load_config(model, **hub))
+    except (OSError, TypeError, ValueError) as error:
         cause = str(error.__context__ or error).strip().splitlines()[0]  # diffusers says the same of all causes
         remedy = "give a diffusers folder or a Hub id; for a gated model accept its licence and run `hf auth login`"
         refuse(f"--pretrained_model_name_or_path {model!r}: no model_index.json can be read ({cause}): {remedy}")

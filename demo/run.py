@@ -10,6 +10,8 @@ pipeline as it was, by LoRA, and by LoRA with prior preservation.
 """
 
 import argparse
+import io
+import logging
 import os
 import re
 import subprocess
@@ -22,7 +24,9 @@ QUIET = {  # what libraries say while they load concerns nobody here
     "PYTHONWARNINGS": "ignore",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+NOISE = ("Failed to load CPU gemm_4bit_forward",)  # of bitsandbytes, wherever it is installed, on some processors
 os.environ |= QUIET  # before the libraries are imported; the runs inherit it
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from evaluate import BASE, HERE, TOKENS, draw, load_pipeline, print_table, subject_pictures  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
@@ -50,7 +54,7 @@ PRIOR = {
     "--num_class_images": CLASS_IMAGES,
 }
 ENCODERS = {"--train_text_encoder": None, "--text_encoder_lr": 1e-3}
-LONG = {"--learning_rate": 1e-3, "--max_train_steps": 150}
+LONG = {"--learning_rate": 1e-3, "--max_train_steps": 250}
 RUNS = {  # rows of the table; the first two are the demo
     "LoRA": LORA,
     "LoRA with prior preservation": LORA | PRIOR | LONG,
@@ -74,7 +78,12 @@ def train(name, seed):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE.parent / script)]
     print(f"\n{name}: {script}, {RUNS[name]['--max_train_steps']} updates", flush=True)
-    subprocess.run([*launch, *words], check=True)
+    with subprocess.Popen([*launch, *words], stderr=subprocess.PIPE) as run:
+        for line in io.TextIOWrapper(run.stderr, newline=""):  # ends at a return too, as a progress bar's does
+            if not line.startswith(NOISE):
+                print(line, end="", file=sys.stderr, flush=True)
+    if run.returncode:
+        sys.exit(f"{script} ended with {run.returncode}")
     return folder
 
 

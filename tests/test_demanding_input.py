@@ -122,10 +122,10 @@ def test_a_variant_that_is_not_there_is_named(refusal, model, part):
         if other != part:
             path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
     line = refusal(pretrained_model_name_or_path=model, variant="fp16")
-    assert line.startswith(f"{part} of {str(model)!r} in the variant 'fp16' cannot be loaded (")
+    assert line.startswith(f"{part} of {str(model)!r} cannot be loaded in the variant 'fp16' (")
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"_class_name": "FluxPipeline"}'])
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "[1]", "{}", '{"_class_name": "FluxPipeline"}'])
 def test_an_index_that_is_none(refused, model, text):
     (model / "model_index.json").unlink()
     if text is not None:
@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_written(refused, no_folders, flag, why):
     if flag == "class_data_dir":
         flags = {"with_prior_preservation": True, "class_prompt": "a dog"}
     line = refused(**flags | {flag: folder})
-    assert line.startswith(f"--{flag} {str(folder)!r} cannot be written (")
+    assert line.startswith(f"--{flag} {str(folder)!r} cannot be written")
 
 
 def test_no_output_folder_at_all(refused):
@@ -249,8 +249,8 @@ def dataset(pictures, tmp_path):
         ("saved", {"dataset_split": "test"}, ["--dataset_split 'test' is not in it, but train, other"]),
         ("saved", {"dataset_split": "train[:1]"}, ["--dataset_split 'train[:1]' is not in it, but train, other"]),
         ("unsupported", {}, ["--dataset_name '{}' cannot be read ("]),
-        ("urls", {}, ["--dataset_name: the image 'https://example.com/dog.png' cannot be read ("]),
-        ("empty row", {}, ["--dataset_name: the image of row 1 cannot be read ("]),
+        ("urls", {}, ["--dataset_name (ValueError: the image 'https://example.com/dog.png' cannot be read ("]),
+        ("empty row", {}, ["--dataset_name (ValueError: the image of row 1 cannot be read ("]),
     ],
 )
 def test_a_dataset_that_cannot_be_used(refused, dataset, form, flags, words):
@@ -281,7 +281,7 @@ def test_a_tracker_that_does_not_start_ends_the_run_before_it_encodes(refused, m
 
     monkeypatch.setattr(Accelerator, "init_trackers", fail)
     line = refused(report_to="tensorboard")
-    assert line == "--report_to tensorboard: a tracker does not start (no login): mend it or leave it out"
+    assert line.startswith("--report_to tensorboard: a tracker does not start") and "no login" in line
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", ".."])

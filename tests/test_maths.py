@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PROMPTS = ["a photo of sks dog", "", "the yarn dog in a bucket, " * 30]
-SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap"]
+SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
 
 
 # Text: StableDiffusion3Pipeline.encode_prompt is the reference.
@@ -196,6 +196,7 @@ DENSITIES = {
     "mode": lambda args, g: mode_density(args.mode_scale, torch.rand(1, generator=g)),
     "sigma_sqrt": lambda args, g: torch.rand(1, generator=g),
     "cosmap": lambda args, g: torch.rand(1, generator=g),
+    "none": lambda args, g: torch.rand(1, generator=g),
 }
 
 

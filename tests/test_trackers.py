@@ -177,7 +177,7 @@ def test_trackio(lora, run, monkeypatch, few_steps):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"report_to": "wandb"}, "--report_to wandb: a tracker does not start ("),  # nobody is logged in
+        ({"report_to": "wandb"}, "--report_to wandb: a tracker does not start: "),  # nobody is logged in
         ({"report_to": "tensorbord"}, "--report_to 'tensorbord' is unknown: choose from tensorboard, wandb, "),
         ({"report_to": "wandb", "tracker_run_name": "../x"}, "--tracker_run_name '../x' leads out of --output_dir"),
         ({"report_to": "tensorboard", "logging_dir": "/logs"}, "--logging_dir '/logs' leads out of --output_dir"),

@@ -33,7 +33,7 @@ PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt
         ({"lr_scheduler": "step"}, "argument --lr_scheduler: invalid choice: 'step'"),
         ({"report_to": "paper"}, "--report_to 'paper' is unknown: choose from tensorboard, wandb,"),
         ({"mixed_precision": "fp8"}, "argument --mixed_precision: invalid choice: 'fp8'"),
-        ({"weighting_scheme": "none"}, "argument --weighting_scheme: invalid choice: 'none'"),
+        ({"weighting_scheme": "uniform"}, "argument --weighting_scheme: invalid choice: 'uniform'"),
         ({"prior_generation_precision": "fp8"}, "argument --prior_generation_precision: invalid choice: 'fp8'"),
         ({"prodigy_decouple": "maybe"}, "argument --prodigy_decouple: 'maybe' is neither true nor false"),
         ({"precondition_outputs": 2}, "argument --precondition_outputs: invalid choice: 2"),
@@ -143,8 +143,8 @@ def test_absent_package(refused, monkeypatch, package, flags):
 def test_unreadable_image(refused, tmp_path):
     (tmp_path / "a.png").write_bytes(b"not an image")
     line = refused(instance_data_dir=tmp_path)
-    assert line.startswith(f"--instance_data_dir: the image {str(tmp_path / 'a.png')!r} cannot be read (")
-    assert line.endswith("): repair or remove it")
+    assert line.startswith(f"--instance_data_dir (ValueError: the image {str(tmp_path / 'a.png')!r} cannot be read (")
+    assert line.endswith("): repair or remove it)")
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def table(tmp_path):
     [
         ({"image_column": "img"}, "--image_column 'img' is not in --dataset_name: its columns are image, text, score"),
         ({"caption_column": "cap"}, "--caption_column 'cap' is not in --dataset_name: its columns are image, text, s"),
-        ({"image_column": "text"}, "--dataset_name: the image 'a dog' cannot be read"),
+        ({"image_column": "text"}, "--dataset_name (ValueError: the image 'a dog' cannot be read"),
     ],
 )
 def test_columns_of_a_dataset(refused, table, tmp_path, flags, message):
