@@ -49,6 +49,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -799,8 +800,7 @@ def load_trained(args, parts, accelerator, targets, checkpoint):
     torch.manual_seed(args.seed)
     trained, dtype = {}, frozen_dtype(accelerator)
     for name, layers in targets.items():
-        # PEFT's prepare_model_for_kbit_training would make the parameters left float32, which autocast undoes,
-        # and have inputs require gradients, which checkpointing here does not need.
+        # PEFT's prepare_model_for_kbit_training would make float32 what autocast takes back.
         quantized = {"quantization_config": read_quantization(args, dtype)} if name == "transformer" else {}
         model = load_part(args, parts, name, **on_device(accelerator, dtype), **quantized)
         make_trainable(args, model, layers)
@@ -846,7 +846,7 @@ class PromptTable:
     def report_cut(self, prompts):
         """Names the prompts that CLIP or T5 reads only in part, ten at most, with the words that are lost."""
         cut = {}
-        for name in self.tokenizers.keys() & {"text_encoder", "text_encoder_3"}:
+        for name in sorted(self.tokenizers.keys() & {"text_encoder", "text_encoder_3"}):
             tokenizer, reader = self.tokenizers[name], "T5" if name == "text_encoder_3" else "CLIP"
             for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
                 if lost := ids[tokenizer.model_max_length - 1 : -1]:
@@ -1470,8 +1470,7 @@ def start_accelerator(args):
             step_scheduler_with_optimizer=False,  # else it would be stepped once a process
             kwargs_handlers=[
                 utils.InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # others wait while one encodes
-                # The one buffer is the table of positions, 226 MB in SD3 Medium; it never changes. Views of the
-                # buckets spare a second copy of the gradients.
+                # The one buffer, a table of positions of 226 MB, never changes; views spare a copy of the gradients.
                 utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
@@ -1485,6 +1484,7 @@ def start_accelerator(args):
         plugin = accelerator.state.fsdp_plugin
         if policy := plugin.mixed_precision_policy:  # it would round the timesteps: bfloat16 has 353 of the 1000
             plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False)
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.13 has another name, which none knows
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
     if args.full_determinism:

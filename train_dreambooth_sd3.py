@@ -49,6 +49,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -761,7 +762,7 @@ class PromptTable:
     def report_cut(self, prompts):
         """Names the prompts that CLIP or T5 reads only in part, ten at most, with the words that are lost."""
         cut = {}
-        for name in self.tokenizers.keys() & {"text_encoder", "text_encoder_3"}:
+        for name in sorted(self.tokenizers.keys() & {"text_encoder", "text_encoder_3"}):
             tokenizer, reader = self.tokenizers[name], "T5" if name == "text_encoder_3" else "CLIP"
             for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
                 if lost := ids[tokenizer.model_max_length - 1 : -1]:
@@ -954,8 +955,6 @@ def make_optimizer(args, accelerator, trained):
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        if rate <= 0.1:
-            log.warning(f"--learning_rate {rate} is low for prodigy, which scales it by an estimate: 1.0 is usual")
         own = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
         return Prodigy(groups, **shared, **{name: getattr(args, f"prodigy_{name}") for name in own})
     if args.use_8bit_adam:
@@ -1420,8 +1419,7 @@ def start_accelerator(args):
             step_scheduler_with_optimizer=False,  # else it would be stepped once a process
             kwargs_handlers=[
                 utils.InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # others wait while one encodes
-                # The one buffer is the table of positions, 226 MB in SD3 Medium; it never changes. Views of the
-                # buckets spare a second copy of the gradients.
+                # The one buffer, a table of positions of 226 MB, never changes; views spare a copy of the gradients.
                 utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
@@ -1435,6 +1433,7 @@ def start_accelerator(args):
         plugin = accelerator.state.fsdp_plugin
         if policy := plugin.mixed_precision_policy:  # it would round the timesteps: bfloat16 has 353 of the 1000
             plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False)
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.13 has another name, which none knows
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
     if args.full_determinism:
