@@ -45,7 +45,7 @@ FLAGS = {
     "--train_batch_size": 5,
 }
 CLASS_PROMPT, CLASS_IMAGES = "a photo of a dog", 48
-LORA = {"--rank": 16, "--learning_rate": 2e-3, "--max_train_steps": 60}
+LORA = {"--rank": 16, "--learning_rate": 1e-3, "--max_train_steps": 100}
 FULL = {"--learning_rate": 5e-4, "--max_train_steps": 100}
 PRIOR = {
     "--with_prior_preservation": None,
@@ -54,7 +54,7 @@ PRIOR = {
     "--num_class_images": CLASS_IMAGES,
 }
 ENCODERS = {"--train_text_encoder": None, "--text_encoder_lr": 1e-3}
-LONG = {"--learning_rate": 1e-3, "--max_train_steps": 250}
+LONG = {"--max_train_steps": 400}
 RUNS = {  # rows of the table; the first two are the demo
     "LoRA": LORA,
     "LoRA with prior preservation": LORA | PRIOR | LONG,

@@ -10,7 +10,7 @@ No stage sees the subject, nor anything that wears its scarf. On one core the tr
 
 Each stage keeps its state in the work folder and goes on from there when the program is started again, further than
 before where its number of steps is larger. The last two need only the first two, so that with --stage they can run
-side by side. With --vae_steps 0 --decoder_steps 0 --steps 0 the pipeline is written as the states in the folder have it.
+side by side. With --vae_steps 0 --decoder_steps 0 --steps 0 it writes the pipeline as the states have it.
 """
 
 import argparse
