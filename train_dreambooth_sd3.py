@@ -843,13 +843,13 @@ def draw_latents(args, vae_config, moments, seeds, device):
     [0, 1] is of the density of --weighting_scheme (SD3 paper, section 3.1). `device` is where they are drawn.
     """
     mean, deviation = moments.float().chunk(2, dim=1)
-    density = {"logit_mean": args.logit_mean, "logit_std": args.logit_std, "mode_scale": args.mode_scale}
+    density = {name: getattr(args, name) for name in ("logit_mean", "logit_std", "mode_scale")}
+    density |= {"batch_size": 1, "device": device, "weighting_scheme": args.weighting_scheme}
     normal, u = [], []
     for seed in seeds:
         generator = torch.Generator(device).manual_seed(seed)
         normal.append(torch.randn((2, *mean.shape[1:]), generator=generator, device=device))
-        draw = {"batch_size": 1, "generator": generator, "device": device, **density}
-        u.append(training_utils.compute_density_for_timestep_sampling(args.weighting_scheme, **draw))
+        u.append(training_utils.compute_density_for_timestep_sampling(generator=generator, **density))
     sample, noise = torch.stack(normal, dim=1).to(moments.device)
     latents = (mean + deviation * sample - vae_config.shift_factor) * vae_config.scaling_factor
     return latents, noise, torch.cat(u).to(moments.device)
@@ -974,7 +974,7 @@ MUST_MATCH = (
     "method pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam use_ema"
     " full_bf16 rank lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
 ).split()
-MAY_DIFFER = "local_rank output_dir logging_dir report_to resume_from_checkpoint max_train_steps num_train_epochs"
+MAY_DIFFER = "local_rank cache_dir dataloader_num_workers max_train_steps num_train_epochs"  # and output flags
 SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
 
 
@@ -1097,7 +1097,9 @@ def compare_runs(accelerator, checkpoint, then, run):
     for name in fixed:
         if name in differ:
             refuse(f"{checkpoint} was trained with {name} {differ[name]!r}, not {run[name]!r}: give the same")
-    silent = MAY_DIFFER.split()
+    output = argparse.ArgumentParser()
+    add_output_flags(output)
+    silent = [*MAY_DIFFER.split(), *vars(output.parse_args([]))]
     if math.prod(then[name] for name in SHARES) == math.prod(run[name] for name in SHARES):
         silent += SHARES  # an update has the same images, however they are shared out
     changed = [f"{name} {run[name]!r} was {old!r}" for name, old in differ.items() if name not in silent]
@@ -1544,9 +1546,8 @@ def prepare_models(args, accelerator, trained, total):
     for model in trained.values() if args.gradient_checkpointing else ():
         getattr(model, next(name for name in names if hasattr(model, name)))()  # by version of the library
     optimizer = make_optimizer(args, accelerator, trained)
-    lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": total}
-    shape = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
-    schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths, **shape)
+    options = {"num_training_steps": total, "num_cycles": args.lr_num_cycles, "power": args.lr_power}
+    schedule = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, **options)
     *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
     if accelerator.distributed_type.value == "FSDP":  # accelerate has all others enter autocast by themselves
         models[0].forward = accelerator.autocast()(models[0].forward)

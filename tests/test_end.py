@@ -58,7 +58,10 @@ def test_a_tracker_that_does_not_start_is_refused_before_the_work(script, argv, 
         script.main(script.parse_args(argv(report_to="tensorboard")))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert end.value.code == 2
-    assert "--report_to tensorboard: a tracker does not start (out of memory): mend it or leave it out" in line
+    assert (
+        "--report_to tensorboard: a tracker does not start: mend it or leave it out (RuntimeError: out of memory)"
+        in line
+    )
 
 
 def client(path, flags, hub, home, **more):
