@@ -65,6 +65,8 @@ def isolated():
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].teardown()  # it keeps the settings that it was first imported with
         os.environ.clear()
         os.environ.update(environment)
         random.setstate(numbers)

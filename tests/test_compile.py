@@ -1,5 +1,7 @@
 """torch.compile, asked for by accelerate's settings: what is compiled when, and what is left of it in the files."""
 
+import functools
+
 import pytest
 import tiny_sd3
 import torch._dynamo
@@ -33,6 +35,7 @@ def test_blocks_are_compiled_once_a_shape(script, run, tmp_path, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
 
+    @functools.wraps(log_update)
     def record(*args):
         log_update(*args)
         graphs.append(counters["stats"]["unique_graphs"])
