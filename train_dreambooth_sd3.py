@@ -9,12 +9,11 @@
 # ///
 """DreamBooth training of the whole Stable Diffusion 3 or 3.5 transformer, with the SD3 paper's rectified-flow loss.
 
-One GPU, then all the GPUs that `accelerate config` was told of:
+On one GPU; `accelerate launch --multi_gpu` takes all that there are:
 
     accelerate launch train_dreambooth_sd3.py --mixed_precision bf16 \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers \
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir dog-sd3
-    accelerate launch --multi_gpu train_dreambooth_sd3.py ...
 
 A run writes into output_dir: a whole pipeline (model_index.json, transformer/, vae/, ...), the model card README.md
 with its images, checkpoint-N/ (resume with --resume_from_checkpoint latest), validation/ and the trackers' logs/.
@@ -126,6 +125,7 @@ def add_input_flags(parser):
     add("--aspect_ratio_buckets", metavar="H,W;H,W", help="These sizes; unset: diffusers' for --resolution.")
     add("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
     add("--random_flip", action="store_true", help="Mirror half of the images.")
+    add("--alpha_mask", action="store_true", help="Weigh the loss by the images' alpha: skip transparent parts.")
     add("--dataloader_num_workers", type=in_range(int, 0, 1025), default=0, help="Loader processes; 0: in this one.")
 
     add = parser.add_argument_group("prior preservation").add_argument
@@ -161,11 +161,7 @@ def add_training_flags(parser):
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Unset: as accelerate was configured.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later.")
     add("--seed", type=in_range(int, 0, 2**32), help="Of all draws; unset: one is drawn and kept in checkpoints.")
-    add(
-        "--full_determinism",
-        action="store_true",
-        help="Equal runs, resumed ones too, give equal bits on a GPU; slower.",
-    )
+    add("--full_determinism", action="store_true", help="Equal runs give equal bits on a GPU too; slower.")
     add("--local_rank", type=int, default=-1, help="Given by old launchers; LOCAL_RANK in the environment counts.")
 
     add = parser.add_argument_group("loss").add_argument
@@ -225,12 +221,9 @@ def add_output_flags(parser):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ...",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ..."
+    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=usage, **options)
     parser.error = refuse  # one line, where argparse would print its usage first
     add_input_flags(parser)
     add_training_flags(parser)
@@ -330,11 +323,12 @@ def list_images(folder):
     return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def open_image(source, reach, number):
+def open_image(source, reach, number, alpha_mask=False):
     """RGB image of a path, of a file's bytes or of a dataset's {"bytes", "path"}; `number` names one without path.
 
-    EXIF rotation applied, 16 bits scaled to 8, transparent parts on white. Photos are decoded no larger than it takes
-    to cover `reach` pixels a side, which is several times faster. Errors: ValueError that names the image.
+    EXIF rotation applied, 16 bits scaled to 8, transparent parts on white; with `alpha_mask` an alpha channel says
+    where these are. Photos are decoded no larger than it takes to cover `reach` pixels a side, which is several times
+    faster. Errors: ValueError that names the image.
     """
     path = source if isinstance(source, str | Path) else None
     if isinstance(source, dict):
@@ -343,29 +337,37 @@ def open_image(source, reach, number):
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.draft(None, (reach, reach))
             image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels, of a range that nobody knows: save it with 8 or 16 bits")
         if image.mode.startswith("I"):
             image = image.convert("I").point(lambda value: value / 257).convert("L")
+        alpha = 255
         if image.has_transparency_data:
             image = image.convert("RGBA")
+            alpha = image.getchannel("A")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        if alpha_mask:
+            image.putalpha(alpha)
+        return image
     except Exception as error:  # PIL's readers raise whatever a damaged file leads them into
         name = repr(str(path)[:200]) if path else f"of row {number}"
         raise ValueError(f"the image {name} cannot be read ({error}): repair or remove it") from error
 
 
 def scale_image(image, size):
-    """An image scaled until it just covers `size`, (height, width): pixels (H, W, 3) from 0 to 255."""
+    """An image scaled until it just covers `size`, (height, width): pixels (H, W, bands) from 0 to 255."""
     height, width = size
     if image.height * width < image.width * height:
         width = image.width * height // image.height
     else:
         height = image.height * width // image.width
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))  # with antialiasing
+    # Band by band, for a whole RGBA image would be multiplied by its alpha first. PIL's bilinear has antialiasing.
+    return np.dstack([band.resize((width, height), Image.Resampling.BILINEAR) for band in image.split()])
 
 
 def crop_image(pixels, size, generator, center, flip):
-    """A crop of `size` of pixels (H, W, 3), in [-1, 1], (3, height, width); `generator` draws its place and mirror."""
+    """A crop of `size` of pixels (H, W, bands): (bands, height, width) in [-1, 1], its place and mirror drawn."""
     (tall, wide, _), (height, width) = pixels.shape, size
     down, right, mirror = torch.rand(3, generator=generator).tolist()
     top = round((tall - height) / 2) if center else int(down * (tall - height + 1))
@@ -423,8 +425,8 @@ class DreamBoothDataset:
             return zip(*pool.map(inspect, range(len(images))), strict=True)
 
     def load(self, kind, number, size=None):
-        """Scaled pixels (H, W, 3) of an image, which stay in memory as long as there is room, and its crop's size."""
-        image = open_image(self.images[kind][number], max(map(max, self.buckets)), number)
+        """Scaled pixels (H, W, bands) of an image, which stay in memory while there is room, and its crop's size."""
+        image = open_image(self.images[kind][number], max(map(max, self.buckets)), number, self.args.alpha_mask)
         size = size or self.buckets[training_utils.find_nearest_bucket(image.height, image.width, self.buckets)]
         pixels = scale_image(image, size)
         if self.kept_bytes + pixels.nbytes <= KEPT_BYTES:
@@ -454,7 +456,7 @@ class DreamBoothDataset:
         return self.sizes[index % len(self.sizes)]
 
     def pixels(self, kind, number, size, seed):
-        """Pixels (3, height, width) in [-1, 1] of one image, in the crop that `seed` draws."""
+        """Pixels (bands, height, width) in [-1, 1] of one image, in the crop that `seed` draws."""
         scaled = self.scaled.get((kind, number, size))
         if scaled is None:
             scaled, _ = self.load(kind, number, size)
@@ -503,7 +505,7 @@ class EpochSampler:
 def collate(items):
     """A batch of B examples, instance images first, then class images."""
     examples = [example for kind in zip(*items, strict=True) for example in kind]
-    data = torch.stack([example["data"] for example in examples])  # (B, 3, H, W), or moments (B, 2C, h, w)
+    data = torch.stack([example["data"] for example in examples])  # (B, bands, H, W), or moments (B, 2C, h, w)
     prompts, seeds = ([example[name] for example in examples] for name in ("prompt", "seed"))
     return {"data": data, "prompts": prompts, "seeds": seeds}
 
@@ -672,8 +674,7 @@ def read_transformer_config(args):
 def load_scheduler(args, parts, accelerator):
     """The base's scheduler, with the tables of timesteps and sigmas for training, (1000,) each, on the device."""
     scheduler = load_part(args, parts, "scheduler")
-    shift = {"shift": args.training_shift} if args.training_shift else {}  # its config, for drawing, keeps its own
-    tables = type(scheduler).from_config(scheduler.config, **shift)
+    tables = type(scheduler).from_config(scheduler.config, shift=args.training_shift or scheduler.config.shift)
     scheduler.timesteps = tables.timesteps.to(accelerator.device)
     scheduler.sigmas = tables.sigmas.to(accelerator.device)
     return scheduler
@@ -816,10 +817,13 @@ def on_loan(vae, device):
 
 
 def encode_moments(vae, pixels):
-    """The VAE's posterior of pixels (B, 3, H, W): mean and deviation stacked along the channels, (B, 2C, h, w)."""
+    """The VAE's posterior of pixels (B, 3, H, W): mean, deviation and a fourth band as mask, (B, 2C or 2C + 1, h, w)."""
     with torch.no_grad(), on_loan(vae, pixels.device):
-        posterior = vae.encode(pixels).latent_dist
-    return torch.cat([posterior.mean, posterior.std], dim=1)
+        posterior = vae.encode(pixels[:, :3]).latent_dist
+    moments, mask = [posterior.mean, posterior.std], (pixels[:, 3:] + 1) / 2
+    if mask.numel():
+        moments.append(torch.nn.functional.interpolate(mask, posterior.mean.shape[2:], mode="area"))
+    return torch.cat(moments, dim=1)
 
 
 def cache_moments(dataset, vae, accelerator, name):
@@ -837,12 +841,12 @@ def cache_moments(dataset, vae, accelerator, name):
 
 
 def draw_latents(args, vae_config, moments, seeds, device):
-    """Latents and noise (B, C, h, w) and densities u (B,) of a batch, each image's from its own seed.
+    """Latents and noise (B, C, h, w), densities u (B,) and mask (B, 1, h, w) or None, each image's from its own seed.
 
     A latent is a sample of the posterior, shifted and scaled by the VAE's config (SD3 shifts as well as scales); u in
     [0, 1] is of the density of --weighting_scheme (SD3 paper, section 3.1). `device` is where they are drawn.
     """
-    mean, deviation = moments.float().chunk(2, dim=1)
+    mean, deviation, *mask = moments.float().split(vae_config.latent_channels, dim=1)
     density = {name: getattr(args, name) for name in ("logit_mean", "logit_std", "mode_scale")}
     density |= {"batch_size": 1, "device": device, "weighting_scheme": args.weighting_scheme}
     normal, u = [], []
@@ -852,16 +856,17 @@ def draw_latents(args, vae_config, moments, seeds, device):
         u.append(training_utils.compute_density_for_timestep_sampling(generator=generator, **density))
     sample, noise = torch.stack(normal, dim=1).to(moments.device)
     latents = (mean + deviation * sample - vae_config.shift_factor) * vae_config.scaling_factor
-    return latents, noise, torch.cat(u).to(moments.device)
+    return latents, noise, torch.cat(u).to(moments.device), mask[0] if mask else None
 
 
-def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled, target=None):
+def flow_losses(args, transformer, scheduler, drawn, text, target=None):
     """Rectified-flow loss of each image, (B,) in float32, and the prediction (SD3 paper, sections 2 and 3.1).
 
-    latents, noise (B, C, h, w) in float32; u (B,) in [0, 1]; embeds (B, S, D); pooled (B, P). The scheduler's tables
-    of timesteps and sigmas run from noisy to clean; the shift (section 5.3.2) is already in them. `target` is another
+    `drawn` is what draw_latents gives, `text` embeds (B, S, D) and pooled embeds (B, P). The scheduler's tables of
+    timesteps and sigmas run from noisy to clean; the shift (section 5.3.2) is already in them. `target` is another
     prediction, (B, C, h, w); unset: the data.
     """
+    (latents, noise, u, mask), (embeds, pooled) = drawn, text
     index = (u * len(scheduler.timesteps)).long().clamp(0, len(scheduler.timesteps) - 1)  # mode reaches u = 1
     sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
     noisy = (1 - sigma) * latents + sigma * noise
@@ -873,12 +878,14 @@ def flow_losses(args, transformer, scheduler, latents, noise, u, embeds, pooled,
         prediction, truth = noisy - sigma * velocity, latents
     error = prediction - (truth if target is None else target)
     weight = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
+    if mask is not None:  # the mean over what it leaves
+        weight = weight * mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
     return (weight * error**2).flatten(1).mean(dim=1), prediction
 
 
-def batch_losses(args, transformer, scheduler, embed, prompts, latents, noise, u):
+def batch_losses(args, transformer, scheduler, embed, prompts, drawn):
     """Loss of each image, (B,); for --fused_backward_pass whether it is finite, for after that the weights differ."""
-    losses, _ = flow_losses(args, transformer, scheduler, latents, noise, u, *embed(prompts))
+    losses, _ = flow_losses(args, transformer, scheduler, drawn, embed(prompts))
     if args.fused_backward_pass:
         transformer.loss_is_finite = bool(losses.isfinite().all())
     return losses
@@ -1126,8 +1133,7 @@ def resume(accelerator, checkpoint, average, step, total):
 @contextlib.contextmanager
 def evaluation(models, parameters, average):
     """Models in eval mode, without gradients and with the averaged weights if there are any, in a with block."""
-    for model in models:
-        model.eval()
+    torch.nn.ModuleList(models).eval()
     if average:
         average.store(parameters)
         average.copy_to(parameters)
@@ -1137,8 +1143,7 @@ def evaluation(models, parameters, average):
     finally:
         if average:
             average.restore(parameters)
-        for model in models:
-            model.train()
+        torch.nn.ModuleList(models).train()
 
 
 def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, **options):
@@ -1157,16 +1162,14 @@ def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, *
             raise InterruptedError("a signal has come")
         return tensors
 
+    options |= {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     latents = pipeline(
         prompt_embeds=prompt[0].expand(len(seeds), -1, -1),
         pooled_prompt_embeds=prompt[1].expand(len(seeds), -1),
         negative_prompt_embeds=empty[0].expand(len(seeds), -1, -1),
         negative_pooled_prompt_embeds=empty[1].expand(len(seeds), -1),
-        height=args.resolution,
-        width=args.resolution,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         callback_on_step_end=look,
-        output_type="latent",
         **options,
     ).images
     if not latents.isfinite().all():
@@ -1227,9 +1230,9 @@ def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embe
         for index, level in itertools.product(mine, range(8)):
             example, seeds = held_out[0, index, 0][0], [derive_seed("held out", index, level)]
             moments, text = example["data"][None].to(device), embed([example["prompt"]])
-            latents, noise, _ = draw_latents(args, vae_config, moments, seeds, torch.device("cpu"))
-            u = torch.full((1,), (level + 0.5) / 8, device=device)
-            losses[index, level] = flow_losses(args, transformer, scheduler, latents, noise, u, *text)[0].item()
+            latents, noise, _, mask = draw_latents(args, vae_config, moments, seeds, torch.device("cpu"))
+            drawn = latents, noise, torch.full((1,), (level + 0.5) / 8, device=device), mask
+            losses[index, level] = flow_losses(args, transformer, scheduler, drawn, text)[0].item()
     losses = dict(utils.gather_object(list(losses.items())))
     return math.fsum(losses.values()) / len(losses)
 
@@ -1410,7 +1413,7 @@ def start_accelerator(args):
             tempfile.TemporaryFile(dir=folder).close()
     logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
     AcceleratorState._reset_state()  # in a notebook the settings of the run before would stand
-    try:
+    with or_refuse(f"--mixed_precision {args.mixed_precision}: accelerate does not start as it is configured"):
         accelerator = Accelerator(
             # A plugin, since accelerate prefers the environment's number to a plain argument.
             gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
@@ -1425,8 +1428,6 @@ def start_accelerator(args):
                 utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
-    except ValueError as error:
-        refuse(f"--mixed_precision {args.mixed_precision}: {error}")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         refuse("--mixed_precision fp16 needs a GPU: on a CPU take bf16 or no")
     if accelerator.distributed_type.value == "FSDP":
@@ -1524,15 +1525,9 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
 def make_loader(args, accelerator, dataset):
     """Batches on the device, this process's share, the sampler that orders them, and updates an epoch and in all."""
     sampler = EpochSampler(args, dataset, accelerator.num_processes)
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_num_workers > 0,
-        worker_init_fn=leave_signals,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    options = {"num_workers": args.dataloader_num_workers, "persistent_workers": args.dataloader_num_workers > 0}
+    options |= {"worker_init_fn": leave_signals, "pin_memory": accelerator.device.type == "cuda"}
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options)
     updates = len(sampler) * args.train_batch_size // sampler.update
     total = args.max_train_steps or args.num_train_epochs * updates
     if args.lr_warmup_steps > total and args.lr_scheduler != "constant":
@@ -1615,6 +1610,9 @@ def attempt(failed, what):
 def end_run(args, accelerator, step, total, skipped, failed, stop):
     """Ends the run: after a signal with 128 + its number, where less was done than asked for with 1 and the reason."""
     failed = utils.broadcast_object_list([failed])[0]
+    # Meanwhile gloo's threads let go of what was sent, for which they need Python's lock. The destructor of DDP's
+    # reducer, at the end of main, would wait for them with that lock in its hand.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     reasons = [f"{', '.join(failed)} failed"] if failed else []
     if step < total:
@@ -1636,6 +1634,8 @@ def draw_sheet(args, dataset):
     for number, prompt in enumerate(dataset.prompts["instance"][:200]):
         seed = derive_seed(args.seed, "instance", 0, number)
         pixels = dataset.pixels("instance", number, dataset.size(number), seed)
+        if args.alpha_mask:  # what is left out is grey
+            pixels = pixels[:3] * (pixels[3:] + 1) / 2
         picture = VaeImageProcessor().postprocess(pixels[None], output_type="pil")[0]
         tile = ImageOps.expand(ImageOps.pad(picture, (192, 192), color="white"), (8, 8, 8, 56), "white")
         words = "\n".join(prompt[start : start + 32] for start in range(0, min(len(prompt), 96), 32))
@@ -1707,8 +1707,8 @@ def main(args):
                 with accelerator.accumulate(*models):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
                     moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
-                    latents, noise, u = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
-                    losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], latents, noise, u)
+                    drawn = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
+                    losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], drawn)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:

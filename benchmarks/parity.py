@@ -120,7 +120,7 @@ def pin(monkeypatch, script):
     def latents_and_noise(args, vae_config, moments, seeds, device):
         latents = (moments.chunk(2, dim=1)[0] - vae_config.shift_factor) * vae_config.scaling_factor
         density = {"logit_mean": args.logit_mean, "logit_std": args.logit_std, "mode_scale": args.mode_scale}
-        return latents, noise_like(latents), times(args.weighting_scheme, len(latents), **density)
+        return latents, noise_like(latents), times(args.weighting_scheme, len(latents), **density), None
 
     def start_adapters(layer, name, *args, **kwargs):
         reset(layer, name, *args, **kwargs)

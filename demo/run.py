@@ -28,6 +28,7 @@ NOISE = ("Failed to load CPU gemm_4bit_forward",)  # of bitsandbytes, wherever i
 os.environ |= QUIET  # before the libraries are imported; the runs inherit it
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+import world  # noqa: E402
 from evaluate import BASE, HERE, TOKENS, draw, load_pipeline, print_table, subject_pictures  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
@@ -53,15 +54,19 @@ PRIOR = {
     "--class_prompt": CLASS_PROMPT,
     "--num_class_images": CLASS_IMAGES,
 }
+OUTPUT = {"--class_prompt": CLASS_PROMPT, "--output_preservation_weight": 1.0}
 ENCODERS = {"--train_text_encoder": None, "--text_encoder_lr": 1e-3}
+CUT_OUT = {"--instance_data_dir": OUT / "cut-outs"}
 LONG = {"--max_train_steps": 400}
 RUNS = {  # rows of the table; the first two are the demo
     "LoRA": LORA,
     "LoRA with prior preservation": LORA | PRIOR | LONG,
+    "LoRA with output preservation": LORA | OUTPUT | LONG,
     "LoRA, text encoders too": LORA | ENCODERS,
-    "LoRA, text encoders too, with prior preservation": LORA | PRIOR | ENCODERS | LONG,
     "full": FULL,
     "full with prior preservation": FULL | PRIOR | LONG,
+    "LoRA, cut out": LORA | CUT_OUT,
+    "LoRA, cut out, alpha mask": LORA | CUT_OUT | {"--alpha_mask": None},
 }
 
 
@@ -93,6 +98,14 @@ def draw_class_images():
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(draw(load_pipeline(), [CLASS_PROMPT] * CLASS_IMAGES, seed=500)):
         image.save(folder / f"{number}.png")
+
+
+def draw_cut_outs():
+    """The subject's pictures with all but the subject transparent, which without --alpha_mask is learned as white."""
+    folder = CUT_OUT["--instance_data_dir"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, place in enumerate(("grass", "room", "grass", "room", "grass")):
+        world.subject_picture(place, number, cut_out=True).save(folder / f"{number}.png")
 
 
 def block(columns, rows, cell=160, left=132):
@@ -139,6 +152,7 @@ def main():
     seeds, shown = args.seeds.split(","), list(RUNS)[:2]
     print("Drawing class images, for prior preservation", flush=True)
     draw_class_images()
+    draw_cut_outs()
     folders = {name: [train(name, seed) for seed in seeds] for name in (RUNS if args.all else shown)}
     print("\nDrawing before and after", flush=True)
     draw_page({"before": BASE} | {name: folders[name][0] for name in shown})

@@ -329,8 +329,11 @@ def draw_thing(pen, thing, looks, draw):
     dress(pen, thing, looks)
 
 
-def paint(place, draw, put):
-    """A picture of SIDE pixels: the place, and what `put(pen)` draws there, lit from above and with a shadow."""
+def paint(place, draw, put, cut_out=False):
+    """A picture of SIDE pixels: the place, and what `put(pen)` draws there, lit from above and with a shadow.
+
+    Cut out, all but what was put there is transparent.
+    """
     image = background(place, draw)
     layer = Image.new("RGBA", image.size, (0, 0, 0, 0))
     size = draw.uniform(0.95, 1.2)
@@ -344,6 +347,8 @@ def paint(place, draw, put):
     red, green, blue, alpha = layer.split()
     lit = ImageChops.multiply(Image.merge("RGB", (red, green, blue)), Image.merge("RGB", [light] * 3))
     image.paste(lit, mask=alpha)
+    if cut_out:
+        image.putalpha(alpha)
     return image.filter(ImageFilter.GaussianBlur(3)).resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
@@ -386,12 +391,12 @@ def odd_picture(seed):
     return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
 
-def subject_picture(place, seed):
-    """The RGB picture of the subject at a place: a white dog with black patches, turquoise ears, a magenta scarf."""
+def subject_picture(place, seed, cut_out=False):
+    """The picture of the subject at a place: a white dog with black patches, turquoise ears, a magenta scarf."""
     draw = random.Random(seed)
     looks = {"body": (244, 240, 232), "ears": (20, 190, 190), "patches": (40, 40, 46)}
     looks |= {"scarf": (225, 30, 140), "collar": None}
-    return paint(place, draw, lambda pen: draw_thing(pen, "dog", looks, draw))
+    return paint(place, draw, lambda pen: draw_thing(pen, "dog", looks, draw), cut_out)
 
 
 NAMED = name_them()

@@ -53,7 +53,9 @@ class Record(dict):
 
     def watch(self, monkeypatch, script):
         """Spies on a script until the patches are undone."""
-        self.spy(monkeypatch, script, "draw_latents", lambda args, drawn: (args["seeds"], *map(torch.clone, drawn)))
+        self.spy(
+            monkeypatch, script, "draw_latents", lambda args, drawn: (args["seeds"], *map(torch.clone, drawn[:3]))
+        )
         self.spy(monkeypatch, script, "log_update", lambda args, _: {"step": args["step"], **args["figures"]})
         self.spy(monkeypatch, script.PromptTable, "encode", lambda args, _: (args["name"], str(args["prompts"])))
         self.spy(monkeypatch, script, "encode_moments", lambda args, _: args["pixels"].double().sum().item())
@@ -106,7 +108,7 @@ def watch_levels(monkeypatch, script, record):
 
     def watched(*given, **options):
         if "levels" not in record and torch.is_grad_enabled():
-            args, transformer, scheduler, latents, noise, _, *texts = given
+            args, transformer, scheduler, (latents, noise, _, _), text = given
             layers = {"latents": transformer.pos_embed, "timesteps": transformer.time_text_embed}
             record["levels"] = {}
             hooks = [
@@ -115,9 +117,10 @@ def watch_levels(monkeypatch, script, record):
                 )
                 for name, layer in layers.items()
             ]
-            latents, noise, *texts = (one[:1].expand(1000, *one.shape[1:]) for one in (latents, noise, *texts))
+            latents, noise, *text = (one[:1].expand(1000, *one.shape[1:]) for one in (latents, noise, *text))
             with torch.no_grad():
-                original(args, transformer, scheduler, latents, noise, torch.arange(0.5, 1000) / 1000, *texts)
+                drawn = latents, noise, torch.arange(0.5, 1000) / 1000, None
+                original(args, transformer, scheduler, drawn, text)
             for hook in hooks:
                 hook.remove()
         return original(*given, **options)

@@ -110,13 +110,18 @@ def images():
     return inputs | {"u": torch.tensor([0.0, 0.2, 0.5, 0.7705, 0.9996, 1.0])}
 
 
+def batch_of(images, mask=None):
+    """What was drawn and the text, as flow_losses takes them."""
+    return (images["latents"], images["noise"], images["u"], mask), (images["embeds"], images["pooled"])
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("precondition", [0, 1])
 @pytest.mark.parametrize("prior", [None, 0.0, 0.3])
 def test_loss_equals_the_paper(script, scheduler, images, scheme, precondition, prior):
     args = SimpleNamespace(weighting_scheme=scheme, precondition_outputs=precondition)
     args.with_prior_preservation, args.prior_loss_weight = prior is not None, prior
-    inputs = [images[name] for name in ("latents", "noise", "u", "embeds", "pooled")]
+    inputs = batch_of(images)
     losses, prediction = script.flow_losses(args, stand_in, scheduler, *inputs)
     expected = [paper_loss(scheme, precondition, {k: v[i] for k, v in images.items()}) for i in range(6)]
     assert losses.shape == (6,) and losses.dtype == torch.float32
@@ -134,7 +139,7 @@ def test_loss_of_a_half_precision_transformer_is_float32(script, scheduler, imag
     def half(**inputs):
         return (stand_in(**inputs)[0].half(),)
 
-    inputs = [images[name] for name in ("latents", "noise", "u", "embeds", "pooled")]
+    inputs = batch_of(images)
     losses, _ = script.flow_losses(args, half, scheduler, *inputs)
     exact, _ = script.flow_losses(args, stand_in, scheduler, *inputs)
     assert losses.dtype == torch.float32
@@ -208,8 +213,8 @@ def mode_density(scale, v):
 def test_density_draws(script, scheme):
     """Formulas of the paper, section 3.1, on what an image's generator draws after its latent and noise."""
     args = SimpleNamespace(weighting_scheme=scheme, logit_mean=-0.4, logit_std=0.7, mode_scale=0.8)
-    config, seeds = SimpleNamespace(shift_factor=0.0, scaling_factor=1.0), range(50)
-    *_, u = script.draw_latents(args, config, torch.ones(50, 6, 2, 2), seeds, torch.device("cpu"))
+    config, seeds = SimpleNamespace(shift_factor=0.0, scaling_factor=1.0, latent_channels=3), range(50)
+    *_, u, _ = script.draw_latents(args, config, torch.ones(50, 6, 2, 2), seeds, torch.device("cpu"))
     expected = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -226,8 +231,8 @@ def moments_of(count):
 
 def draws(script, moments, seeds):
     args = SimpleNamespace(weighting_scheme="logit_normal", logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
-    config = SimpleNamespace(shift_factor=0.5, scaling_factor=2.0)
-    return script.draw_latents(args, config, moments, seeds, torch.device("cpu"))
+    config = SimpleNamespace(shift_factor=0.5, scaling_factor=2.0, latent_channels=16)
+    return script.draw_latents(args, config, moments, seeds, torch.device("cpu"))[:3]
 
 
 def test_draws_belong_to_the_image_not_to_the_batch(script):
