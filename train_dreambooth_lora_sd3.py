@@ -901,7 +901,7 @@ def on_loan(vae, device):
 
 
 def encode_moments(vae, pixels):
-    """The VAE's posterior of pixels (B, 3, H, W): mean, deviation and a fourth band as mask, (B, 2C or 2C + 1, h, w)."""
+    """Posterior of pixels (B, 3 or 4, H, W): mean, deviation and a fourth band as mask, (B, 2C or 2C + 1, h, w)."""
     with torch.no_grad(), on_loan(vae, pixels.device):
         posterior = vae.encode(pixels[:, :3]).latent_dist
     moments, mask = [posterior.mean, posterior.std], (pixels[:, 3:] + 1) / 2
