@@ -1610,9 +1610,9 @@ def attempt(failed, what):
 def end_run(args, accelerator, step, total, skipped, failed, stop):
     """Ends the run: after a signal with 128 + its number, where less was done than asked for with 1 and the reason."""
     failed = utils.broadcast_object_list([failed])[0]
-    # Meanwhile gloo's threads let go of what was sent, for which they need Python's lock. The destructor of DDP's
-    # reducer, at the end of main, would wait for them with that lock in its hand.
-    accelerator.wait_for_everyone()
+    # Else DDP would be the last to hold the group, and at the end of main would wait for gloo's threads while it has
+    # Python's lock, which they may need to let go of what they have just sent.
+    accelerator.state.group = torch.distributed.group.WORLD
     accelerator.end_training()
     reasons = [f"{', '.join(failed)} failed"] if failed else []
     if step < total:
