@@ -154,7 +154,7 @@ def main(args):
     work = Path(args.work or tempfile.mkdtemp(prefix="real-size-"))
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # memory of this process would count for its children
         rates = pool.submit(prepare, work, args.size).result()
-    slow = ", so that seconds say little: bfloat16 is not in hardware" if rates["bfloat16"] < rates["float32"] else ""
+    slow = ": no fast bfloat16, so that seconds say little" if rates["bfloat16"] < rates["float32"] else ""
     rates = ", ".join(f"{rate:.0f} GFLOP/s in {name}" for name, rate in rates.items())
     print(f"{args.size}: a matrix product on one thread reaches {rates}{slow}", flush=True)
     output = work / "output"
