@@ -14,6 +14,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -77,6 +78,7 @@ def folder_of(name, seed):
 def train(name, seed):
     """Runs a script by `accelerate launch`, as one would type it. Returns output_dir."""
     folder = folder_of(name, seed)
+    shutil.rmtree(folder, ignore_errors=True)  # of a demo before, perhaps interrupted
     pairs = (FLAGS | RUNS[name] | {"--seed": seed, "--output_dir": folder}).items()
     words = [str(word) for pair in pairs for word in pair if word is not None]
     script = "train_dreambooth_sd3.py" if name.startswith("full") else "train_dreambooth_lora_sd3.py"
