@@ -1311,10 +1311,10 @@ CARD_MARK = "<!-- Written by the training script, whose next run replaces what n
 
 def describe_training(args, accelerator, step):
     """The model card's words on how the weights were trained: updates, versions and the flags that were given."""
-    packages, flags = ("torch", "diffusers", "transformers", "accelerate", "peft"), []
+    packages, flags, default = "torch diffusers transformers accelerate peft".split(), [], build_parser().get_default
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     for name, value in vars(args).items():
-        if value != build_parser().get_default(name) and name not in ("output_dir", "local_rank", "hub_token"):
+        if value != default(name) and name not in ("output_dir", "local_rank", "hub_token"):
             if isinstance(value, str) and "prompt" not in name and Path(value).exists():
                 value = Path(value).resolve().name  # a card is public, the folders above are not
             flags.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")

@@ -49,13 +49,14 @@ def load_script(kind):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[path.stem])
-        gc.freeze()  # what the libraries have made stays: else each collection of a run looks through it for 0.3 s
     return sys.modules[path.stem]
 
 
 @contextlib.contextmanager
 def isolated():
     """Puts back what a run changes in the process: accelerate's singletons, random states, threads, signals, ..."""
+    gc.collect()
+    gc.freeze()  # what the libraries have made stays: else each collection of a run looks through it for 0.3 s
     environment = os.environ.copy()
     numbers, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
     threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
