@@ -13,7 +13,8 @@ updates, a checkpoint and a result, then a second run that goes on from there.
 
 A stage lasts from one progress bar to the next. Its peak is the most that the process had in memory at once (VmHWM,
 set back when a bar appears), next to it the part that was read from files and can be dropped at will (pages of the
-weights' files that are mapped). Seconds an update go from the bar's first sight to its last. SD3.5 Medium needs 16 GB
+weights' files that are mapped). The processor's seconds are of all threads, and say more where others use the machine.
+Seconds an update go from the first that the bar shows to the last. SD3.5 Medium needs 16 GB
 of disk, Large 28, in a temporary folder unless --work names one that is kept.
 """
 
@@ -60,7 +61,8 @@ class Watch:
 
     def __init__(self, pid):
         self.status, self.clear = Path(f"/proc/{pid}/status"), Path(f"/proc/{pid}/clear_refs")
-        self.stages, self.start, self.mapped, self.at_once = [("start", 0.0)], time.monotonic(), 0, 0
+        self.stat, self.worked = Path(f"/proc/{pid}/stat"), 0.0
+        self.stages, self.start, self.mapped, self.at_once = [("start", 0.0, 0.0)], time.monotonic(), 0, 0
         self.found, self.updates = [], {}
 
     def read(self):
@@ -71,8 +73,10 @@ class Watch:
     def sample(self):
         try:
             peak, size, mapped = self.read()
+            ticks = self.stat.read_text().rpartition(")")[2].split()[11:13]  # user, system
         except (OSError, KeyError, ValueError):
             return
+        self.worked = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
         self.peak = peak
         if size > self.at_once:
             self.at_once, self.mapped = size, mapped
@@ -81,9 +85,9 @@ class Watch:
         """Ends a stage and begins the next, whose peak starts from what is in memory now."""
         self.sample()
         now = time.monotonic() - self.start
-        name, began = self.stages[-1]
-        self.found.append((name, now - began, self.peak, self.mapped))
-        self.stages.append((stage, now))
+        name, began, worked = self.stages[-1]
+        self.found.append((name, now - began, self.worked - worked, self.peak, self.mapped))
+        self.stages.append((stage, now, self.worked))
         self.at_once = self.mapped = 0
         if stage:
             self.clear.write_text("5")
@@ -92,14 +96,15 @@ class Watch:
         for name, _, done, _ in BAR.findall(text):
             name = name.decode()
             if name in ("Steps", "Training"):
-                self.updates.setdefault(int(done), time.monotonic() - self.start)
+                self.sample()
+                self.updates.setdefault(int(done), (time.monotonic() - self.start, self.worked))
                 name = "Training"
-            if name not in [stage for stage, _ in self.stages]:
+            if name not in [stage for stage, *_ in self.stages]:
                 self.enter(name)
 
 
 def measure(command, environment=None):
-    """Runs a command; returns its stages [(name, seconds, peak, mapped)], seconds in all and of an update."""
+    """Runs a command; returns its stages [(name, seconds, processor's, peak, mapped)], and both seconds an update."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0, env=environment)
     watch, ended, tail = Watch(process.pid), threading.Event(), b"\n"
 
@@ -119,8 +124,8 @@ def measure(command, environment=None):
     if process.wait():
         raise RuntimeError(f"{' '.join(command)} failed:\n{tail.decode(errors='replace')}")
     first, last = min(watch.updates), max(watch.updates)
-    each = (watch.updates[last] - watch.updates[first]) / max(last - first, 1)
-    return watch.found, time.monotonic() - watch.start, each
+    ends = zip(watch.updates[first], watch.updates[last], strict=True)
+    return watch.found, [(end - start) / max(last - first, 1) for start, end in ends]
 
 
 def prepare(work, size):
@@ -143,11 +148,12 @@ def prepare(work, size):
 
 def report(title, command):
     """Runs a command and prints its stages."""
-    stages, wall, each = measure([str(word) for word in command])
-    print(f"\n{title}: {wall:.0f} s, {each:.1f} s/update, peak {max(stage[2] for stage in stages) / 1e9:.2f} GB\n")
-    print("| stage | s | peak, GB | of it files |\n|---|---|---|---|")
-    for name, seconds, peak, mapped in stages:
-        print(f"| {name} | {seconds:.1f} | {peak / 1e9:.2f} | {mapped / 1e9:.2f} |", flush=True)
+    stages, (wall, worked) = measure([str(word) for word in command])
+    print(f"\n{title}: an update takes {wall:.1f} s, {worked:.1f} s of the processor\n")
+    stages.append(("in all", sum(s[1] for s in stages), sum(s[2] for s in stages), *max(s[3:] for s in stages)))
+    print("| stage | s | processor's s | peak, GB | of it files |\n|---|---|---|---|---|")
+    for name, seconds, own, peak, mapped in stages:
+        print(f"| {name} | {seconds:.1f} | {own:.1f} | {peak / 1e9:.2f} | {mapped / 1e9:.2f} |", flush=True)
 
 
 def main(args):
