@@ -50,10 +50,9 @@ def model(tmp_path_factory):
 
 
 @torch.no_grad()
-def measure(folder, model):
-    """Subject score of drawn pictures, and the loss on the subject's pictures by diffusers' pipeline alone."""
-    pipeline, generator, losses = evaluate.load_pipeline(folder, model), torch.Generator().manual_seed(0), []
-    score = evaluate.subject_score(load_classifier(), evaluate.draw(pipeline, PROMPTS))
+def subject_loss(pipeline):
+    """The loss on the subject's pictures by diffusers' pipeline alone, at four noise levels."""
+    generator, losses = torch.Generator().manual_seed(0), []
     latents = pipeline.vae.encode(pixels_of(evaluate.subject_pictures())).latent_dist.mean
     latents = (latents - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
     text = {"prompt": [FLAGS["instance_prompt"]] * len(latents), "max_sequence_length": evaluate.TOKENS}
@@ -69,7 +68,13 @@ def measure(folder, model):
             pooled_projections=pooled,
         ).sample
         losses.append((velocity - (noise - latents)).square().mean().item())
-    return score, sum(losses) / len(losses)
+    return sum(losses) / len(losses)
+
+
+def measure(folder, model):
+    """Subject score of drawn pictures, and the loss."""
+    pipeline = evaluate.load_pipeline(folder, model)
+    return evaluate.subject_score(load_classifier(), evaluate.draw(pipeline, PROMPTS)), subject_loss(pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,22 @@ def test_the_subject_is_learned(kind, script, run, model, before):
     score, loss = measure(out, model)
     assert score > before[0] + GAIN
     assert loss < LEFT * before[1]
+
+
+@pytest.mark.slow
+def test_bfloat16_weights_learn_the_subject_which_rounding_to_the_nearest_forgets(full, run, monkeypatch, tmp_path):
+    """At a rate whose updates are mostly smaller than half of the step between two bfloat16 numbers."""
+    flags = FLAGS | {"pretrained_model_name_or_path": evaluate.BASE, "learning_rate": 1e-4, "max_train_steps": 30}
+    small = {"full_bf16": True, "fused_backward_pass": True, "mixed_precision": "bf16", "max_grad_norm": "inf"}
+    learned = {}
+    for name, more in (("float32", {}), ("bfloat16", small), ("nearest", small)):
+        with monkeypatch.context() as patch:
+            if name == "nearest":
+                patch.setattr(torch, "randint_like", lambda bits, high: torch.full_like(bits, high // 2))
+            out = run(full, **flags, **more, output_dir=tmp_path / name)
+        learned[name] = subject_loss(evaluate.load_pipeline(evaluate.BASE)) - subject_loss(evaluate.load_pipeline(out))
+    assert learned["bfloat16"] > 0.9 * learned["float32"]  # 0.97 to 0.98 are seen, and 0.43 for the nearest
+    assert learned["nearest"] < 0.6 * learned["float32"]
 
 
 def test_the_base_draws_what_is_asked():
