@@ -61,7 +61,7 @@ for _ in tqdm(range(3), desc="Training"):
 def test_stages_of_a_run():
     """Each progress bar begins a stage, whose peak is its own."""
     stages, (wall, worked) = measure([sys.executable, "-c", BARS])
-    start, caching, training = stages
-    assert [stage[0] for stage in stages] == ["start", "Caching latents", "Training"]
+    start, caching, training, _ = stages
+    assert [stage[0] for stage in stages] == ["start", "Caching latents", "Training", "Saving"]
     assert caching[3] > start[3] + (60 << 20) and training[3] < caching[3] - (30 << 20)
     assert 0.3 <= wall < 3 and worked < wall  # it sleeps
