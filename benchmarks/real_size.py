@@ -12,10 +12,10 @@ latents besides; diffusers' ends with an error where its flag for that meets bfl
 updates, a checkpoint and a result, then a second run that goes on from there.
 
 A stage lasts from one progress bar to the next; saving begins at the last update. Its peak is the most that the
-process had in memory at once (VmHWM, set back when a stage begins), next to it the part that was read from files and can be
-dropped at will (pages of the weights' files that are mapped). The processor's seconds are of all threads, and say more
-where others use the machine. Seconds an update go from the first that the bar shows to the last. SD3.5 Medium needs
-16 GB of disk, Large 28, in a temporary folder unless --work names one that is kept.
+process had in memory at once (VmHWM, set back when a stage begins), next to it the part that was read from files and
+can be dropped at will (pages of the weights' files that are mapped). The processor's seconds are of all threads, and
+say more where others use the machine. Seconds an update go from the first that the bar shows to the last. SD3.5 Medium
+needs 16 GB of disk, Large 28, in a temporary folder unless --work names one that is kept.
 """
 
 import argparse
