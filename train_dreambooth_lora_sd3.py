@@ -373,8 +373,8 @@ def scale_image(image, size):
         width = image.width * height // image.height
     else:
         height = image.height * width // image.width
-    # Band by band, for a whole RGBA image would be multiplied by its alpha first. PIL's bilinear has antialiasing.
-    return np.dstack([band.resize((width, height), Image.Resampling.BILINEAR) for band in image.split()])
+    parts = [image.convert("RGB"), *image.split()[3:]]  # apart, or colours would be multiplied by the alpha first
+    return np.dstack([part.resize((width, height), Image.Resampling.BILINEAR) for part in parts])  # with antialiasing
 
 
 def crop_image(pixels, size, generator, center, flip):
