@@ -14,6 +14,8 @@ from conftest import isolated
 from ranks import read_files
 
 FLAGS = {"max_train_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+FUSED = {"fused_backward_pass": True, "max_grad_norm": "inf", "use_ema": True}
+BF16 = {"full_bf16": True, "mixed_precision": "bf16", "use_8bit_adam": True}
 
 
 class Fuse:
@@ -65,10 +67,14 @@ def weights(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("lora", 22), ("full", 6)])
-def test_killed_at_any_moment_of_saving(script, argv, tmp_path, count):
+@pytest.mark.parametrize(
+    ("kind", "count", "flags"),
+    [("lora", 22, {}), ("full", 6, {}), ("full", 3, FUSED), ("full", 3, BF16), ("full", 4, FUSED | BF16)],
+    ids=["lora", "full", "fused", "bfloat16", "both"],
+)
+def test_killed_at_any_moment_of_saving(script, argv, tmp_path, count, flags):
     fuse = Fuse(None)
-    train(script, argv, fuse, output_dir=tmp_path / "whole")
+    train(script, argv, fuse, output_dir=tmp_path / "whole", **flags)
     assert fuse.count >= 30  # of the full script, which saves fewer files
     expected = weights(tmp_path / "whole")
     moments = sorted({round(1 + n * (fuse.count - 1) / (count - 1)) for n in range(count)})
@@ -77,10 +83,10 @@ def test_killed_at_any_moment_of_saving(script, argv, tmp_path, count):
         folder = tmp_path / f"killed-{moment}"
         child = os.fork()
         if not child:
-            train(script, argv, Fuse(moment), output_dir=folder)
+            train(script, argv, Fuse(moment), output_dir=folder, **flags)
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, moment
-        train(script, argv, output_dir=folder, resume_from_checkpoint="latest")
+        train(script, argv, output_dir=folder, resume_from_checkpoint="latest", **flags)
         assert weights(folder) == expected, moment
         kept = {path.name for path in folder.glob("*checkpoint-*")}
         assert {"checkpoint-2"} <= kept <= {"checkpoint-1", "checkpoint-2"}, moment  # killed before the old one went
