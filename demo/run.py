@@ -58,7 +58,7 @@ PRIOR = {
 OUTPUT = {"--class_prompt": CLASS_PROMPT, "--output_preservation_weight": 1.0}
 ENCODERS = {"--train_text_encoder": None, "--text_encoder_lr": 1e-3}
 CUT_OUT = {"--instance_data_dir": OUT / "cut-outs"}
-LONG = {"--max_train_steps": 400}
+LONG = {"--max_train_steps": 250}
 RUNS = {  # rows of the table; the first two are the demo
     "LoRA": LORA,
     "LoRA with prior preservation": LORA | PRIOR | LONG,
