@@ -783,13 +783,13 @@ def adapter_scale(model):
 def read_adapters(args, checkpoint, name, model):
     """Weights of a model's adapters, from a checkpoint or --init_lora; of other layers or rank they are refused."""
     source, own = checkpoint or args.init_lora, get_peft_model_state_dict(model, save_embedding_layers=False)
+    known = Path(source).is_file() or Path(source, WEIGHTS).is_file()  # diffusers 0.36 guesses no name offline
     with or_refuse(f"the adapters in {str(source)!r} cannot be read"):
-        state = StableDiffusion3Pipeline.lora_state_dict(str(source))
+        state = StableDiffusion3Pipeline.lora_state_dict(str(source), weight_name=WEIGHTS if known else None)
     state = {key.replace("vector.weight", "vector"): weight for key, weight in state.items()}  # as PEFT names it
     state = {key.removeprefix(f"{name}."): weight for key, weight in state.items() if key.startswith(f"{name}.")}
     given, wanted = ({key: tuple(weight.shape) for key, weight in each.items()} for each in (state, own))
-    odd = sorted(dict(given.items() ^ wanted.items()))
-    if odd:
+    if odd := sorted(dict(given.items() ^ wanted.items())):
         refuse(f"{str(source)!r} has not the adapters of this run: {len(odd)} of {name} differ, such as {odd[0]}")
     if not checkpoint:  # a finished file, with its scale in lora_B
         state = {key: weight / adapter_scale(model) if "lora_B" in key else weight for key, weight in state.items()}

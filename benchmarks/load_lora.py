@@ -2,15 +2,16 @@
 
     python benchmarks/load_lora.py 0.34.0 0.36.0 0.40.0
 
-Each version's wheel is fetched by pip and put before the environment's own; the other packages stay. A row has the
-versions, how many layers were changed, and the largest difference from base + B @ A, by the largest number of B @ A.
+Each version is fetched by pip, alone, and put before the environment's own; the other packages stay, but for a version
+that cannot be imported with today's: with it come those of its time (OF_ITS_TIME). torch is always the environment's.
+A row has the versions that were combined, the kind of run, how many layers were changed, and the largest difference
+from base + B @ A, by the largest number of B @ A.
 """
 
 import os
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,14 +23,30 @@ KINDS = {
     "rsLoRA, all layers, SD3.5": "--use_rslora --rank 8 --lora_alpha 3 --lora_layers all-linear",
     "bfloat16": "--mixed_precision bf16 --lora_alpha 2",
 }
+# diffusers 0.34 was of June 2025. It imports names of Flax, which transformers 5 has no longer.
+OF_ITS_TIME = {
+    "0.34.0": ["transformers==4.52.4", "tokenizers==0.21.4", "huggingface_hub==0.33.0", "peft==0.15.2"],
+}
 
 
-def compare(base, out):
-    """Fuses the file into the base in this process, and prints a row."""
+def compare(folder):
+    """Fuses each kind's file into its base in this process, and prints a row for each."""
     import diffusers
+    import huggingface_hub
     import peft
-    import torch
     import transformers
+
+    modules = diffusers, transformers, huggingface_hub, peft
+    print(", ".join(f"{module.__name__} {module.__version__}" for module in modules))
+    for number, kind in enumerate(KINDS):
+        layers, difference = fuse(Path(folder, f"base-{number}"), Path(folder, f"out-{number}"))
+        print(f"    {kind:27}{layers:4} layers  {difference:.0e}")
+
+
+def fuse(base, out):
+    """How many layers a file changes in a base, and the largest difference from base + B @ A."""
+    import diffusers
+    import torch
     from safetensors.torch import load_file
 
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(base, torch_dtype=torch.float32)
@@ -49,14 +66,16 @@ def compare(base, out):
     largest = max(change.abs().max() for change in expected.values())
     assert before.keys() == after.keys()
     difference = max((after[key] - before[key] - expected.get(key, 0)).abs().max() for key in after) / largest
-    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (diffusers, transformers, peft))
-    print(f"{versions}: {len(expected)} layers, {difference:.0e}")
+    return len(expected), difference
 
 
 def start(*words, **variables):
+    """What a program prints; the last line of what it says where it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or f"fails: {done.stderr.strip().splitlines()[-1]}"
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return done.stdout.rstrip()
 
 
 def main(versions):
@@ -72,13 +91,13 @@ def main(versions):
             out = folder / f"out-{number}"
             start(ROOT / "train_dreambooth_lora_sd3.py", *files, "--output_dir", out, *FLAGS.split(), *flags.split())
         for version in versions:
-            wheels, packages = folder / "wheels" / version, folder / "packages" / version
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels]
-            subprocess.run([*pip, f"diffusers=={version}"], check=True)
-            zipfile.ZipFile(next(wheels.glob("*.whl"))).extractall(packages)
-            for number, kind in enumerate(KINDS):
-                words = __file__, "--compare", folder / f"base-{number}", folder / f"out-{number}"
-                print(f"{kind:27}{start(*words, PYTHONPATH=str(packages))}", flush=True)
+            packages = folder / "packages" / version
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages]
+            subprocess.run([*pip, f"diffusers=={version}", *OF_ITS_TIME.get(version, [])], check=True)
+            try:
+                print(start(__file__, "--compare", folder, PYTHONPATH=str(packages)), flush=True)
+            except RuntimeError as error:
+                print(f"diffusers {version} fails: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -141,12 +141,18 @@ def pin(monkeypatch, script):
             text_encoders, tokenizers, prompt, max_sequence_length, text_input_ids_list=text_input_ids_list, **kwargs
         )
 
+    def attention(*args, **kwargs):
+        return attend(*args, **kwargs | {"dropout_p": 0.0})
+
+    functional, attend = torch.nn.functional, torch.nn.functional.scaled_dot_product_attention
     encode_prompt = getattr(script, "encode_prompt", None)
     reset, back, list_folder = LoraLayer.reset_lora_parameters, Accelerator.backward, Path.iterdir
     monkeypatch.setattr(LoraLayer, "reset_lora_parameters", start_adapters)
     monkeypatch.setattr(Accelerator, "backward", backward)
     monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(list_folder(path))))
-    monkeypatch.setattr(torch.nn.functional, "dropout", lambda states, *args, **kwargs: states)  # T5 has some
+    # T5 has dropout, also in its attention, which is the argument of one function of torch.
+    monkeypatch.setattr(functional, "dropout", lambda states, *args, **kwargs: states)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(torch, "randperm", lambda count, **kwargs: torch.arange(count))
     if hasattr(script, "draw_latents"):
         monkeypatch.setattr(script, "draw_latents", latents_and_noise)

@@ -99,3 +99,13 @@ def test_resumed_run_is_the_whole_one(kind, script, run, flags_of, tmp_path, cas
         ours, theirs = load_file(whole / path), load_file(tmp_path / "again" / path)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), path
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", ""])
+def test_adapters_to_start_from_are_read(lora, run, tmp_path, name):
+    """From a file or its folder, without a network."""
+    given = run(lora, learning_rate=1e-2, output_dir=tmp_path / "given")
+    saved = run(lora, learning_rate=0.0, init_lora=given / name)
+    theirs, ours = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (given, saved))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
