@@ -233,6 +233,12 @@ def test_class_and_validation_images_are_those_of_one_process(records, kind):
     assert drawn == ["image_0.png", "image_1.png", "image_2.png"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_process_says_that_something_is_deprecated(records, rank):
+    log = Path(records["full", "accumulation", 2].output.parent, f"log.{rank}").read_text()
+    assert [line for line in log.splitlines() if "FutureWarning" in line or "DeprecationWarning" in line] == []
+
+
 def test_logs_and_bars_come_from_one_process(records):
     """With the bars of the libraries, and of the work that the processes share."""
     home = records["full", "accumulation", 2].output.parent

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from accelerate import Accelerator
 from conftest import load_script
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, NamedSplit
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 MODELS = (*ENCODERS, "vae", "transformer")
@@ -57,6 +57,15 @@ def more_layers(model, part):
     change_json(model / part / "config.json", **{name: number})
 
 
+def fewer_layers(model, part):
+    name, _ = LAYERS.get(part, ("num_hidden_layers", 3))
+    change_json(model / part / "config.json", **{name: 1})
+
+
+def another_width(model, part):
+    change_json(model / part / "config.json", **{"latent_channels" if part == "vae" else "intermediate_size": 8})
+
+
 def word_for_a_number(model, part):
     change_json(model / part / "config.json", **{WIDTHS.get(part, "hidden_size"): "many"})
 
@@ -90,8 +99,15 @@ DAMAGE = {
         TOKENIZERS,
         "",
     ),
+    "another transformer": (
+        lambda m, p: of_class(m, p, "FluxTransformer2DModel"),
+        ("transformer",),
+        "diffusers FluxTransformer2DModel",
+    ),
     "another scheduler": (lambda m, p: of_class(m, p, "DDIMScheduler"), ("scheduler",), "diffusers DDIMScheduler"),
     "no shift": (lambda m, p: change_json(m / p / "config.json", shift_factor=None), ("vae",), "has no shift_factor"),
+    "a layer more than the config has": (fewer_layers, ENCODERS, NO_FIT),
+    "weights of another width": (another_width, ("vae", "text_encoder"), ""),
 }
 CASES = [(damage, part) for damage, (_, parts, _) in DAMAGE.items() for part in parts]
 # Where parts are read is the same text in both scripts, but LoRA looks at the transformer's config before all else.
@@ -224,7 +240,8 @@ def dataset(pictures, tmp_path):
     """Writes a dataset of one of these kinds, most of them wrong; returns the flags that name it."""
 
     def dataset(kind):
-        source = tmp_path / {"array": "rows.json", "unsupported": "rows.xyz", "saved": "saved"}.get(kind, "rows.jsonl")
+        names = {"array": "rows.json", "unsupported": "rows.xyz", "saved": "saved", "alone": "saved"}
+        source = tmp_path / names.get(kind, "rows.jsonl")
         images = sorted(map(str, pictures().iterdir()))
         rows = [{"image": image, "text": "a dog"} for image in images]
         if kind == "urls":
@@ -232,7 +249,9 @@ def dataset(pictures, tmp_path):
         elif kind == "empty row":
             rows[1]["image"] = None
         text = json.dumps(rows) if kind == "array" else "\n".join(map(json.dumps, rows))
-        if kind == "saved":
+        if kind == "alone":
+            Dataset.from_list(rows, split=NamedSplit("slice")).save_to_disk(source)
+        elif kind == "saved":
             DatasetDict({"train": Dataset.from_list(rows), "other": Dataset.from_list(rows)}).save_to_disk(source)
         else:
             source.write_text(text[:-40] if kind == "broken" else text)
@@ -248,6 +267,8 @@ def dataset(pictures, tmp_path):
         ("lines", {"dataset_split": "test"}, ["--dataset_name '{}' cannot be read (", "test", "train"]),
         ("saved", {"dataset_split": "test"}, ["--dataset_split 'test' is not in it, but train, other"]),
         ("saved", {"dataset_split": "train[:1]"}, ["--dataset_split 'train[:1]' is not in it, but train, other"]),
+        ("alone", {"dataset_split": "test"}, ["--dataset_split 'test' is not in it, but slice, train"]),
+        ("alone", {"dataset_split": "train[:1]"}, ["--dataset_split 'train[:1]' is not in it, but slice, train"]),
         ("unsupported", {}, ["--dataset_name '{}' cannot be read ("]),
         ("urls", {}, ["--dataset_name (ValueError: the image 'https://example.com/dog.png' cannot be read ("]),
         ("empty row", {}, ["--dataset_name (ValueError: the image of row 1 cannot be read ("]),
@@ -258,6 +279,13 @@ def test_a_dataset_that_cannot_be_used(refused, dataset, form, flags, words):
     line = refused(**flags)
     for word in words:
         assert word.format(flags["dataset_name"]) in line
+
+
+@pytest.mark.parametrize("split", ["slice", "train"])
+def test_a_dataset_that_was_saved_alone_is_its_own_split_and_train(script, run, dataset, capsys, split):
+    flags = dataset("alone") | {"dataset_split": split, "num_train_epochs": 1, "max_train_steps": None}
+    run(script, **flags, dry_run=True)
+    assert "updates: 2, which is 1.0 epochs of 2\n" in capsys.readouterr().out
 
 
 def test_a_json_array_is_a_dataset(script, run, dataset, capsys):
@@ -327,7 +355,8 @@ HUGE = {"repeats": 10**9, "num_class_images": 10**6, "train_batch_size": 10**6, 
 
 
 @pytest.mark.parametrize(("kind", "name"), [*(("full", name) for name in HUGE), ("lora", "rank")])
-def test_numbers_without_sense(refused, name):
+def test_numbers_without_sense(script, refused, monkeypatch, name):
+    monkeypatch.setattr(script, "main", lambda args: None)  # which would fill the memory with one of them
     number = HUGE.get(name, 10**6)
     assert refused(**{name: number}).startswith(f"argument --{name}: {number} is out of range: give ")
 

@@ -205,6 +205,20 @@ def test_what_has_changed_since_is_said(script, kind, argv, pictures, saved, cap
         assert said in lines[0]
 
 
+def test_a_run_goes_on_with_its_updates_shared_out_otherwise(lora, run, pictures, caplog, tmp_path):
+    """Two images at once, or one after the other: the losses stay those of the run that began, and nothing is said."""
+    flags = {"instance_data_dir": pictures(5), "max_train_steps": 5}  # of three updates an epoch
+    with watch_updates(lora) as updates:
+        whole = run(lora, **flags, train_batch_size=2, checkpointing_steps=2)
+    again = {"gradient_accumulation_steps": 2, "resume_from_checkpoint": whole / "checkpoint-2"}
+    with watch_updates(lora) as later:
+        run(lora, **flags, **again, output_dir=tmp_path / "again")
+    assert [update["step"] for update in later] == [3, 4, 5]
+    for ours, theirs in zip(updates[2:], later, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
+    assert "not as it was" not in caplog.text
+
+
 def test_fewer_updates_than_the_checkpoint_has_are_none(script, run, caplog, tmp_path):
     out = run(script, checkpointing_steps=2)
     before = read_files(out)

@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, isolated
+from conftest import ROOT, SCRIPTS, isolated
 from diffusers import FlowMatchEulerDiscreteScheduler
 from ranks import read_files, tell, watch_updates
 
@@ -82,6 +83,24 @@ def test_a_second_signal_ends_at_once(script):
                 os.kill(os.getpid(), signal.SIGTERM)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+
+
+@pytest.mark.slow
+def test_loader_processes_leave_a_signal_to_the_group_to_the_run(argv, tmp_path):
+    """As Ctrl-C and launchers give it: they hand out the update's batches, and one process says what will happen."""
+    flags = {"dataloader_num_workers": 2, "max_train_steps": 1000, "checkpointing_steps": 1}
+    command = [sys.executable, str(SCRIPTS["lora"]), *argv(**flags, checkpoints_total_limit=1)]
+    environment, pipe = os.environ | {"ACCELERATE_USE_CPU": "true"}, subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stderr=pipe, text=True, start_new_session=True) as run:
+        while not list((tmp_path / "out").glob("checkpoint-*")) and run.poll() is None:
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGTERM)
+        said = run.communicate(timeout=100)[1]
+    assert run.returncode == 143, said[-2000:]
+    assert said.count(": the run saves a checkpoint and ends") == 1
+    assert "Traceback" not in said and "Exception ignored" not in said
+    (checkpoint,) = (tmp_path / "out").glob("*checkpoint-*")
+    assert f"SIGTERM came at update {checkpoint.name[11:]}: --resume_from_checkpoint latest goes on" in said
 
 
 # Two images on two processes: an epoch is one update. The second process alone is told, within that call.
