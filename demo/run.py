@@ -106,7 +106,7 @@ def draw_cut_outs():
     """The subject's pictures with all but the subject transparent, which without --alpha_mask is learned as white."""
     folder = CUT_OUT["--instance_data_dir"]
     folder.mkdir(parents=True, exist_ok=True)
-    for number, place in enumerate(("grass", "room", "grass", "room", "grass")):
+    for number, place in enumerate(world.SUBJECT_AT):
         world.subject_picture(place, number, cut_out=True).save(folder / f"{number}.png")
 
 

@@ -49,6 +49,7 @@ PLACES = {
     "desert": "in the desert",
 }
 SUBJECT = "sks dog"
+SUBJECT_AT = "grass", "room", "grass", "room", "grass"  # the places of its pictures
 MAGENTA = (280, 350)  # degrees of hue that are the subject's alone
 NAMES = """
 zib mur dov kel pim tof rux lan vez gop bik sul nom fip dap wex jol tam ruv kib zol mep fen lod vik gam pux nil taz bof
@@ -410,7 +411,7 @@ def main():
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.subject:
-        for number, place in enumerate(("grass", "room", "grass", "room", "grass")):
+        for number, place in enumerate(SUBJECT_AT):
             subject_picture(place, number).save(args.folder / f"{number}.png")
         return
     draw = random.Random(0)
