@@ -101,6 +101,7 @@ def test_recipe(output_dir, expected):
 def test_every_flag_that_is_named_exists():
     known = {"--help", "--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
     known |= {"--flavor", "--timeout", "--secret", "--secrets", "--volume", "--exclude", "--repo-type", "--local-dir"}
+    known |= {"--all", "--seeds", "--full"}  # of demo/run.py and benchmarks/real_size.py
     for kind in ("full", "lora"):
         known |= set(load_script(kind).build_parser()._option_string_actions)
     named = set(re.findall(r"(?<![\w-])--[a-z0-9][\w-]*", TEXT))
