@@ -161,6 +161,8 @@ def run_case(case):
             state = AcceleratorState._shared_state  # empty where the flags were refused
             if state:
                 record |= {"processes": state["num_processes"], "engine": state["distributed_type"].value}
+            if group := torch.distributed.group.WORLD:
+                record["timeout"] = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
             torch.save(dict(record), f"{case['record']}.{os.environ.get('RANK', 0)}")
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()

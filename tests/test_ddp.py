@@ -38,6 +38,7 @@ CASES = {
         "sample_batch_size": 1,
         "caption_dropout": 0.3,
         "cache_latents": True,
+        "alpha_mask": True,
     },
     "encoders in buckets": {
         "num_train_epochs": 1,
@@ -231,6 +232,10 @@ def test_class_and_validation_images_are_those_of_one_process(records, kind):
     assert len({name.split("-")[1] for name in classes[0]}) == 3
     drawn = sorted(path.name for path in two.output.glob("image_[0-9].png"))
     assert drawn == ["image_0.png", "image_1.png", "image_2.png"]
+
+
+def test_a_process_that_hangs_is_found_out_in_minutes_once_all_is_encoded(records, kind):
+    assert {rank["timeout"] for rank in records[kind, "accumulation", 2].ranks} == {20 * 60}
 
 
 @pytest.mark.parametrize("rank", [0, 1])

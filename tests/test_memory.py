@@ -3,6 +3,8 @@
 import weakref
 
 import pytest
+from conftest import isolated
+from diffusers import AutoencoderKL
 
 MODELS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "transformer")
 
@@ -50,3 +52,27 @@ def test_stages(script, kind, run, loads, pictures, tmp_path, case):
     frozen = "bfloat16" if "mixed_precision" in flags else "float32"
     trained = frozen if kind == "lora" else "float32"  # the base of adapters is frozen
     assert [dtype for _, _, dtype in loads] == [*[frozen] * (len(expected) - 1), "float32", trained]
+
+
+def test_the_vae_has_one_image_at_a_time_whatever_the_batch(script, run, monkeypatch, tmp_path):
+    """At 1024 px it needs 2.5 GiB to encode one, 3 to decode one."""
+    seen = {"_encode": set(), "_decode": set()}
+    for part, sizes in seen.items():
+        whole = getattr(AutoencoderKL, part)
+
+        def noted(vae, batch, *args, whole=whole, sizes=sizes, **kwargs):
+            sizes.add(len(batch))
+            return whole(vae, batch, *args, **kwargs)
+
+        monkeypatch.setattr(AutoencoderKL, part, noted)
+    prior = {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": tmp_path / "class"}
+    flags = {"num_class_images": 3, "sample_batch_size": 3, "train_batch_size": 3, "max_train_steps": 1}
+    run(script, **prior, **flags)
+    assert seen == {"_encode": {1}, "_decode": {1}}
+
+
+def test_a_gradient_is_held_once_by_several_processes(script, argv):
+    """DDP's buckets are the gradients, and the table of positions, which never changes, is not sent around."""
+    with isolated():
+        handler = script.start_accelerator(script.parse_args(argv())).ddp_handler
+    assert handler.gradient_as_bucket_view and not handler.broadcast_buffers

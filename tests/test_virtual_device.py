@@ -36,9 +36,9 @@ CASES = {
     "captions, accumulation": CAPTIONS | {"gradient_accumulation_steps": 2},
     "Prodigy": {"optimizer": "prodigy", "learning_rate": 1.0, "waits": 200},  # asks for the norm of each weight's sum
     "8 bit": {"use_8bit_adam": True, "runs": (2, 3), "within": 1e-6},  # for small weights a kernel of another order
-    "everything, EMA, resume": ALL | {"offload": True, "runs": (2, 3)},
+    "everything, EMA, resume": ALL | {"offload": True, "alpha_mask": True, "runs": (2, 3)},
     "everything, bf16": ALL | {"mixed_precision": "bf16"},
-    "everything, fp16": ALL | FP16 | {"cache_latents": True, "no_t5": True, "runs": (2, 3)},
+    "everything, fp16": ALL | FP16 | {"cache_latents": True, "alpha_mask": True, "no_t5": True, "runs": (2, 3)},
     "fused": FUSED | {"use_ema": True, "runs": (2, 4)},
     "fused, 8 bit": FUSED | {"use_8bit_adam": True, "train_text_encoder": True, "runs": (2, 3), "within": 1e-6},
     "bf16 weights": BF16_WEIGHTS | {"use_ema": True, "runs": (2, 3)},
