@@ -1,5 +1,6 @@
 """What the trackers are sent: the same names and numbers everywhere, on the axis of updates, and no secret."""
 
+import importlib.util
 import json
 import struct
 import sys
@@ -159,7 +160,8 @@ def test_trackio(lora, run, monkeypatch, few_steps):
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Kept)
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TRACKIO])
     monkeypatch.setitem(sys.modules, "trackio", picture)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    real = importlib.util.find_spec  # accelerate asks it for devices' packages too, once in a process
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: name if name == "trackio" else real(name, *_))
     run(lora, report_to="trackio", tracker_project_name="dogs", tracker_run_name="first", **FLAGS)
     (tracker,) = trackers
     assert tracker.opened == ("dogs", {"name": "first"})
