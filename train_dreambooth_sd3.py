@@ -1377,7 +1377,7 @@ def open_repository(args, accelerator):
     if not args.push_to_hub or not accelerator.is_main_process:
         return None
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
-    remedy = "give --hub_model_id USER/NAME, and a token that may write by `hf auth login` or in HF_TOKEN"
+    remedy = "give --hub_model_id USER/NAME, a token that may write (`hf auth login`, HF_TOKEN), huggingface_hub 1.5"
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
         options = {"private": args.hub_private_repo or None, "exist_ok": True, "token": args.hub_token}
         repository = huggingface_hub.create_repo(repository, **options).repo_id

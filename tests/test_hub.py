@@ -133,7 +133,7 @@ def test_no_repository_no_training(hub, client, argv):
     assert last.startswith(
         "train_dreambooth_lora_sd3.py: error: --push_to_hub: the repository 'out' cannot be created"
     )
-    assert "and a token that may write by `hf auth login` or in HF_TOKEN" in last
+    assert "a token that may write (`hf auth login`, HF_TOKEN), huggingface_hub 1.5" in last
     assert "401" in last
     assert "hf_wrong" not in done.stderr
     assert "Traceback" not in done.stderr
