@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 # The libraries read these when they are imported. A home of its own keeps out the accelerate configuration, the tokens
@@ -41,12 +40,6 @@ SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dream
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items):
-    """Files with many slow tests come first, so that at the end no process waits for another that got one late."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
 
 
 def load_script(kind):
