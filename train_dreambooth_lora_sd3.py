@@ -337,9 +337,8 @@ def list_images(folder):
 def open_image(source, reach, number, alpha_mask=False):
     """RGB image of a path, of a file's bytes or of a dataset's {"bytes", "path"}; `number` names one without path.
 
-    EXIF rotation applied, 16 bits scaled to 8, transparent parts on white; with `alpha_mask` an alpha channel says
-    where these are. Photos are decoded no larger than it takes to cover `reach` pixels a side, which is several times
-    faster. Errors: ValueError that names the image.
+    EXIF rotation applied, 16 bits scaled to 8, transparent parts on white; `alpha_mask` adds a band that says where.
+    Photos are decoded no larger than covers `reach` pixels, which is faster. Errors: ValueError that names the image.
     """
     path = source if isinstance(source, str | Path) else None
     if isinstance(source, dict):
@@ -904,8 +903,9 @@ def encode_moments(vae, pixels):
     """Posterior of pixels (B, 3 or 4, H, W): mean, deviation and a fourth band as mask, (B, 2C or 2C + 1, h, w)."""
     with torch.no_grad(), on_loan(vae, pixels.device):
         posterior = vae.encode(pixels[:, :3]).latent_dist
-    moments, mask = [posterior.mean, posterior.std], (pixels[:, 3:] + 1) / 2
-    if mask.numel():
+    moments = [posterior.mean, posterior.std]
+    if pixels.shape[1] > 3:
+        mask = (pixels[:, 3:] + 1) / 2
         moments.append(torch.nn.functional.interpolate(mask, posterior.mean.shape[2:], mode="area"))
     return torch.cat(moments, dim=1)
 
@@ -1361,7 +1361,8 @@ CARD_MARK = "<!-- Written by the training script, whose next run replaces what n
 
 def describe_training(args, accelerator, step):
     """The model card's words on how the weights were trained: updates, versions and the flags that were given."""
-    packages, flags, default = "torch diffusers transformers accelerate peft".split(), [], build_parser().get_default
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
+    flags, default = [], build_parser().get_default
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     for name, value in vars(args).items():
         if value != default(name) and name not in ("output_dir", "local_rank", "hub_token"):
@@ -1412,7 +1413,6 @@ pipeline({prompt!r}, **size).images[0].save("image.png")
 {describe_training(args, accelerator, step)}
 
 The base model's [licence]({licence}) holds for these weights.
-
 """
     path = Path(args.output_dir, "README.md")
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

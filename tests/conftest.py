@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib.util
+import json
 import os
 import random
 import signal
@@ -230,3 +231,24 @@ def launch(tmp_path):
         )
 
     return launch
+
+
+@pytest.fixture
+def in_two_processes(tmp_path):
+    """Runs the cases of tests/ranks.py one after the other in two processes, and sees that all end as they should."""
+
+    def in_two_processes(cases):
+        path = tmp_path / "cases.json"
+        path.write_text(json.dumps(cases))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = subprocess.run(
+            [*command, str(ROOT / "tests/ranks.py"), str(path)],
+            env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return in_two_processes

@@ -1,15 +1,12 @@
 """A resumed run is the uninterrupted one, bit for bit: losses, weights, images; or it is refused, with the reason."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, isolated, load_script
+from conftest import SCRIPTS, isolated, load_script
 from ranks import read_files, watch_updates
 
 pytestmark = pytest.mark.usefixtures("few_steps")
@@ -80,7 +77,7 @@ def test_a_seed_that_was_drawn_differs_from_run_to_run(script, run, captioned, t
 
 
 @pytest.mark.slow
-def test_on_two_processes(argv, captioned, tmp_path):
+def test_on_two_processes(argv, captioned, tmp_path, in_two_processes):
     """Whole runs and resumed ones, of both scripts, in one pair of processes."""
     cases, plan = [], []
     for kind in SCRIPTS:
@@ -94,17 +91,7 @@ def test_on_two_processes(argv, captioned, tmp_path):
     for kind, flags, _ in plan:
         case = {"script": kind, "argv": argv(**flags), "draw_fast": True}
         cases.append(case | {"record": str(tmp_path / f"record{len(cases)}")})
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/ranks.py"), str(tmp_path / "cases.json")],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(cases)
     records = [torch.load(f"{case['record']}.1", weights_only=False) for case in cases]
     assert {record["processes"] for record in records} == {2}
     for (kind, flags, step), record in zip(plan, records, strict=True):

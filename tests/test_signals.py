@@ -1,7 +1,6 @@
 """A signal ends a run at the end of the update, with a checkpoint from which it goes on as if nothing had been."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, isolated
+from conftest import SCRIPTS, isolated
 from diffusers import FlowMatchEulerDiscreteScheduler
 from ranks import read_files, tell, watch_updates
 
@@ -112,7 +111,7 @@ TOLD = {
 
 
 @pytest.mark.slow
-def test_all_processes_stop_where_one_is_told(argv, tmp_path):
+def test_all_processes_stop_where_one_is_told(argv, tmp_path, in_two_processes):
     cases = []
     for name, (flags, (function, call), _, _) in TOLD.items():
         if function == "draw_images":
@@ -120,17 +119,7 @@ def test_all_processes_stop_where_one_is_told(argv, tmp_path):
         case = {"script": "lora", "argv": argv(**flags, output_dir=tmp_path / name), "exit": 143}
         case |= {"tell": {"name": function, "call": call, "rank": 1}, "record": str(tmp_path / f"{name}.record")}
         cases.append(case)
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/ranks.py"), str(tmp_path / "cases.json")],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(cases)
     for name, (_, _, updates, checkpoints) in TOLD.items():
         for rank in (0, 1):
             record = torch.load(tmp_path / f"{name}.record.{rank}", weights_only=False)
