@@ -194,12 +194,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.send({"files": files})
 
     def batch(self, repository, name):
+        """How large files travel: by xet where the client offers it, as the Hub chooses. Newer clients do not ask."""
+        asked = json.loads(self.body)
+        if "xet" in asked.get("transfers", ()):
+            return self.send({"transfer": "xet", "objects": asked["objects"]})
         objects = [
             {"oid": item["oid"], "size": item["size"]}
             | ({} if item["oid"] in self.hub.objects else self.upload_action(item["oid"]))
-            for item in json.loads(self.body)["objects"]
+            for item in asked["objects"]
         ]
-        self.send({"transfer": "basic", "objects": objects})
+        return self.send({"transfer": "basic", "objects": objects})
 
     def upload_action(self, oid):
         return {"actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{oid}"}}}
@@ -209,8 +213,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send({})
 
     def permit(self, repository, name):
-        """Where to send xet's blocks, and a token for it: seconds since 1970 until which it holds."""
-        self.send({"casUrl": f"{self.hub.endpoint}/xet", "accessToken": "xet", "exp": int(time.time()) + 3600})
+        """Where to send xet's blocks, and a token until so many seconds since 1970: in the body and in headers."""
+        url, until = f"{self.hub.endpoint}/xet", int(time.time()) + 3600
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": until}
+        self.send({"casUrl": url, "accessToken": "xet", "exp": until}, headers=headers)
 
     def store_xorb(self, name):
         self.hub.xorbs[name] = self.body
