@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 # The libraries read these when they are imported. A home of its own keeps out the accelerate configuration, the tokens
@@ -79,6 +80,19 @@ def isolated():
         torch.use_deterministic_algorithms(False)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def in_child(work):
+    """Runs work() in a child process. Returns its exit code, 1 after an error, or minus the number of a signal."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        except BaseException:  # the child must not go on as a second pytest
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,12 @@
 import contextlib
 import io
 import logging
-import os
 import resource
 
 import numpy as np
 import pytest
 import torch
-from conftest import isolated
+from conftest import in_child, isolated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -161,11 +160,12 @@ def test_three_thousand_images_with_few_open_files(read, tmp_path):
     data = encode(Image.new("RGB", (2, 2), "red"))
     for number in range(3000):
         (tmp_path / f"{number:04}.png").write_bytes(data)
-    child = os.fork()
-    if not child:
+
+    def read_with_few():
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-        os._exit(0 if list(read(tmp_path, resolution=16).sizes) == [(16, 16)] * 3000 else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert list(read(tmp_path, resolution=16).sizes) == [(16, 16)] * 3000
+
+    assert in_child(read_with_few) == 0
 
 
 @given(data=st.data())

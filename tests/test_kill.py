@@ -1,6 +1,7 @@
 """A process killed while it saves leaves whole checkpoints, or known half ones; a full disk keeps the last one."""
 
 import builtins
+import functools
 import os
 import pathlib
 import resource
@@ -10,7 +11,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import isolated
+from conftest import in_child, isolated
 from ranks import read_files
 
 FLAGS = {"max_train_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
@@ -81,11 +82,8 @@ def test_killed_at_any_moment_of_saving(script, argv, tmp_path, count, flags):
     assert len(moments) == count
     for moment in moments:
         folder = tmp_path / f"killed-{moment}"
-        child = os.fork()
-        if not child:
-            train(script, argv, Fuse(moment), output_dir=folder, **flags)
-            os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, moment
+        doomed = functools.partial(train, script, argv, Fuse(moment), output_dir=folder, **flags)
+        assert in_child(doomed) == -signal.SIGKILL, moment
         train(script, argv, output_dir=folder, resume_from_checkpoint="latest", **flags)
         assert weights(folder) == expected, moment
         kept = {path.name for path in folder.glob("*checkpoint-*")}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, isolated
+from conftest import SCRIPTS, in_child, isolated
 from diffusers import FlowMatchEulerDiscreteScheduler
 from ranks import read_files, tell, watch_updates
 
@@ -73,15 +73,15 @@ def test_stops_in_the_middle_of_drawing(script, kind, argv, monkeypatch, tmp_pat
 
 def test_a_second_signal_ends_at_once(script):
     """In a process of its own, for it ends without a word to anyone."""
-    child = os.fork()
-    if not child:
+
+    def be_told_twice():
         with contextlib.ExitStack() as cleanup:
             caught = script.catch_signals(cleanup)
             os.kill(os.getpid(), signal.SIGUSR1)
             if caught == [signal.SIGUSR1]:
                 os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+
+    assert in_child(be_told_twice) == 143
 
 
 @pytest.mark.slow
