@@ -42,6 +42,8 @@ SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dream
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 torch.set_num_threads(1)
+# After a fork torch makes its pool of threads anew when it is first asked, but not where two threads ask at once.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def load_script(kind):
