@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/python demo/run.py
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # With the oldest versions that requirements_sd3.txt allows, and with those of the end of 2025.
 test-oldest test-2025: test-%: .venv-%/ready

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from pathlib import Path
 
 # The libraries read these when they are imported. A home of its own keeps out the accelerate configuration, the tokens
@@ -44,6 +45,12 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if
 torch.set_num_threads(1)
 # After a fork torch makes its pool of threads anew when it is first asked, but not where two threads ask at once.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
+def pytest_collection_modifyitems(items):
+    """Files with many slow tests come first, so that at the end no process waits for another that got one late."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def load_script(kind):
