@@ -34,7 +34,7 @@ def client(hub, tmp_path):
     """Runs a command of Python against the hub, with its token in the environment, and returns the process."""
 
     def client(*command, token=None, xet=False):
-        environment = {**os.environ, **hub.environment(tmp_path / "home", token, xet)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(tmp_path / "home", token, xet)}
         return subprocess.run(
             [sys.executable, *map(str, command)],
             env=environment,
@@ -100,27 +100,34 @@ def test_push(hub, client, argv, checkpoints, tmp_path, kind):
     assert any(path.startswith("/user/") and path.endswith(f"/{weights}.safetensors") for path in fetched)
 
 
-def test_base_from_the_hub(hub, client, checkpoints, argv, tmp_path):
+def test_base_from_the_hub(hub, client, run, full, checkpoints, argv, tmp_path, capsys):
     """A dry run reads its small files and the sizes of its weights; a run ends as with the base in a folder."""
     hub.add("someone/sd3", read_files(checkpoints()))
-    said, results = {}, {}
-    for name, base in (("hub", "someone/sd3"), ("folder", checkpoints())):
-        flags = argv(pretrained_model_name_or_path=base, output_dir=tmp_path / name, max_train_steps=1)
-        done = client(SCRIPTS["full"], *flags, "--dry_run")
-        assert done.returncode == 0, done.stderr[-3000:]
-        said[name] = re.findall(r"^(?:updates|trained): .*", done.stdout, re.MULTILINE)
-        if name == "hub":
-            fetched = {path.rpartition("/resolve/")[2] for _, path, _ in hub.requests if "/resolve/" in path}
-            assert fetched and not any("safetensors" in path or path.endswith(".bin") for path in fetched)
-        done = client(SCRIPTS["full"], *flags)
-        assert done.returncode == 0, done.stderr[-3000:]
-        weights = {path: load_file(path) for path in sorted((tmp_path / name).rglob("*.safetensors"))}
-        results[name] = {
-            f"{p.relative_to(tmp_path / name)} {key}": t for p in weights for key, t in weights[p].items()
+    flags = argv(pretrained_model_name_or_path="someone/sd3", output_dir=tmp_path / "hub", max_train_steps=1)
+    done = client(SCRIPTS["full"], *flags, "--dry_run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    fetched = {path.rpartition("/resolve/")[2] for _, path, _ in hub.requests if "/resolve/" in path}
+    assert fetched and not any("safetensors" in path or path.endswith(".bin") for path in fetched)
+    capsys.readouterr()
+    run(full, output_dir=tmp_path / "folder", max_train_steps=1, dry_run=True)
+    said = [
+        re.findall(r"^(?:updates|trained): .*", text, re.MULTILINE) for text in (done.stdout, capsys.readouterr().out)
+    ]
+    assert said[0] == said[1] and len(said[0]) == 2
+
+    done = client(SCRIPTS["full"], *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run(full, output_dir=tmp_path / "folder", max_train_steps=1)
+    results = [
+        {
+            f"{path.relative_to(folder)} {key}": tensor
+            for path in folder.rglob("*.safetensors")
+            for key, tensor in load_file(path).items()
         }
-    assert said["hub"] == said["folder"] and len(said["hub"]) == 2
-    assert results["hub"].keys() == results["folder"].keys()
-    assert all(torch.equal(results["hub"][key], results["folder"][key]) for key in results["hub"])
+        for folder in (tmp_path / "hub", tmp_path / "folder")
+    ]
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
     done = client(SCRIPTS["full"], *argv(pretrained_model_name_or_path="someone/gone"), "--dry_run")
     assert done.returncode == 2
     assert "error: --pretrained_model_name_or_path 'someone/gone'" in done.stderr.splitlines()[-1]
