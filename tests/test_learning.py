@@ -29,7 +29,7 @@ FLAGS = {
 }
 METHODS = {"lora": {"rank": 16, "lora_alpha": 8, "learning_rate": 4e-3}, "full": {"learning_rate": 5e-4}}
 GAIN = 0.05  # of evaluate.subject_score: 0.07 for the base's "sks dog", some dog with a name, 0.16 for the subject
-LEFT = 0.75  # of the loss on the subject's pictures; 0.67 and 0.58 are seen, with timesteps reversed 0.84 and 0.88
+LEFT = {"lora": 0.71, "full": 0.61}  # of the loss on the subject's pictures: 0.67 and 0.58; without T5 0.75 and 0.64
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_subject_is_learned(kind, script, run, model, before):
     out = run(script, pretrained_model_name_or_path=model, **FLAGS, **METHODS[kind])
     score, loss = measure(out, model)
     assert score > before[0] + GAIN
-    assert loss < LEFT * before[1]
+    assert loss < LEFT[kind] * before[1]
 
 
 @pytest.mark.slow
