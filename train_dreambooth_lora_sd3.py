@@ -1158,8 +1158,7 @@ def compare_runs(accelerator, checkpoint, then, run):
     silent = [*MAY_DIFFER.split(), *vars(output.parse_args([]))]
     if math.prod(then[name] for name in SHARES) == math.prod(run[name] for name in SHARES):
         silent += SHARES  # an update has the same images, however they are shared out
-    changed = [f"{name} {run[name]!r} was {old!r}" for name, old in differ.items() if name not in silent]
-    if changed:
+    if changed := [f"{name} {run[name]!r} was {old!r}" for name, old in differ.items() if name not in silent]:
         log.warning(f"the run goes on from {checkpoint}, but not as it was: {', '.join(changed)}")
 
 
@@ -1657,8 +1656,9 @@ def attempt(failed, what):
         log.error(f"{what} failed ({type(error).__name__}: {' '.join(str(error).split())})", main_process_only=False)
 
 
-def end_run(args, accelerator, step, total, skipped, failed, stop):
+def end_run(args, accelerator, bar, step, total, skipped, failed, stop):
     """Ends the run: after a signal with 128 + its number, where less was done than asked for with 1 and the reason."""
+    bar.close()  # else it would be drawn once more below the last line
     failed = utils.broadcast_object_list([failed])[0]
     # Else DDP would be the last to hold the group, and at the end of main would wait for gloo's threads while it has
     # Python's lock, which they may need to let go of what they have just sent.
@@ -1780,7 +1780,7 @@ def main(args):
                 if stop or step % args.checkpointing_steps == 0:
                     save_checkpoint(args, accelerator, trained, average, run, step)
                 if stop:
-                    end_run(args, accelerator, step, total, skipped, failed, stop)
+                    end_run(args, accelerator, bar, step, total, skipped, failed, stop)
 
             if epoch % args.validation_epochs == 0 and step < total:
                 with attempt([], f"validation at update {step}"), evaluation(models, parameters, average):
@@ -1793,7 +1793,7 @@ def main(args):
             with attempt(failed, "drawing the final images") as paths:
                 paths += validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, final=True)
         publish(args, accelerator, repository, step, paths, failed)
-        end_run(args, accelerator, step, total, skipped, failed, read_signal(accelerator, caught))
+        end_run(args, accelerator, bar, step, total, skipped, failed, read_signal(accelerator, caught))
 
 
 if __name__ == "__main__":

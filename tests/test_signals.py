@@ -99,7 +99,8 @@ def test_loader_processes_leave_a_signal_to_the_group_to_the_run(argv, tmp_path)
     assert said.count(": the run saves a checkpoint and ends") == 1
     assert "Traceback" not in said and "Exception ignored" not in said
     (checkpoint,) = (tmp_path / "out").glob("*checkpoint-*")
-    assert f"SIGTERM came at update {checkpoint.name[11:]}: --resume_from_checkpoint latest goes on" in said
+    way = f"SIGTERM came at update {checkpoint.name[11:]}: --resume_from_checkpoint latest goes on"
+    assert said.splitlines()[-1] == f"what was trained is saved in {tmp_path / 'out'}, but {way}"  # no bar below it
 
 
 # Two images on two processes: an epoch is one update. The second process alone is told, within that call.
