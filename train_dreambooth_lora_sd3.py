@@ -1513,8 +1513,8 @@ def claim_folder(args, accelerator, cleanup):
 def start_trackers(args, accelerator, run):
     """Starts the trackers, with what describes the run as its configuration."""
     config = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in run.items()}
-    folder, run = str(Path(args.output_dir, args.logging_dir)), args.tracker_run_name
-    options = {"wandb": {"dir": folder, "name": run}, "trackio": {"name": run}}
+    folder, name = str(Path(args.output_dir, args.logging_dir)), args.tracker_run_name
+    options = {"wandb": {"dir": folder, "name": name}, "trackio": {"name": name}}
     with or_refuse(f"--report_to {args.report_to}: a tracker does not start: mend it or leave it out"):
         accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
 
@@ -1723,8 +1723,8 @@ def main(args):
         parts = read_pipeline(args)
         targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
-        drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
-        step, args.seed = manifest.get("step", 0), manifest.get("seed", drawn) if args.seed is None else args.seed
+        seed = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
+        step, args.seed = manifest.get("step", 0), manifest.get("seed", seed) if args.seed is None else args.seed
 
         # The data: all of it is checked before anything is created, drawn or loaded. A dry run ends here.
         dataset, held_out = read_instances(args), read_held_out(args)
