@@ -29,7 +29,14 @@ OPTIONS = {
         *(f"--bnb_quantization_config_path {name}.json" for name in QUANTIZED),
         LEAST,
     ),
-    "train_dreambooth_sd3": ("", "--gradient_checkpointing", "--use_8bit_adam", f"{LEAST} --use_8bit_adam"),
+    "train_dreambooth_sd3": (
+        "",
+        "--gradient_checkpointing",
+        "--use_8bit_adam",
+        "--fused_backward_pass --max_grad_norm inf",
+        "--mixed_precision bf16 --full_bf16 --fused_backward_pass --max_grad_norm inf",
+        f"{LEAST} --use_8bit_adam",
+    ),
 }
 
 
