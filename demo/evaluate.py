@@ -30,7 +30,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "tiny-sd3"
 DOGS = [name for name, looks in world.NAMED.items() if looks["thing"] == "dog"]
-STEPS, GUIDANCE, TOKENS = 28, 3.0, 12
+STEPS, GUIDANCE, TOKENS = 28, 4.0, 12
 MAGENTA, TURQUOISE = (216, 244), (116, 140)  # hues of 256, around those of scarf (230) and ears (128)
 
 
@@ -123,7 +123,7 @@ def held_out_world(count, seed=0):
     return chosen
 
 
-def measure(pipeline, classifier, each=10):
+def measure(pipeline, classifier, each=20):
     """The columns' shares of a pipeline, from `each` pictures of the subject and of the other dogs at each place."""
     places = [place for place in world.PLACES for _ in range(each)]
     subject = draw(pipeline, [f"a photo of {world.SUBJECT} {world.PLACES[place]}" for place in places])
@@ -133,7 +133,7 @@ def measure(pipeline, classifier, each=10):
         asked.append({"thing": "dog", "place": place} | ({"colour": "brown"} if "brown" in who else {}))
         texts.append(f"a photo of {who} {world.PLACES[place]}")
     dogs = draw(pipeline, texts, seed=1000)
-    things = [(what, text) for what, text in held_out_world(12 * each) if what["thing"] != "dog"]
+    things = [(what, text) for what, text in held_out_world(6 * each) if what["thing"] != "dog"]
     return {
         "subject shown": share(
             map(shows_subject, subject), right(classifier, subject, [{"thing": "dog"}] * len(places))

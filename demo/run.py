@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 OUT = HERE / "out"
 PLACES = "on the beach", "in the snow", "at night", "on the road", "in the forest", "in the desert"
-OTHERS = "a dog in the snow", "a brown dog on the beach", "zib dog in a room"
+OTHERS = "a dog in the snow", "a brown dog on the beach", "dov dog in a room"
 OTHERS += "a red car at night", "a yellow cat in the grass", "a blue cup in the desert"
 FLAGS = {
     "--pretrained_model_name_or_path": BASE,
@@ -61,7 +61,7 @@ CUT_OUT = {"--instance_data_dir": OUT / "cut-outs"}
 LONG = {"--max_train_steps": 250}
 RUNS = {  # rows of the table; the first two are the demo
     "LoRA": LORA,
-    "LoRA with prior preservation": LORA | PRIOR | LONG,
+    "LoRA with prior preservation": LORA | PRIOR | LONG | {"--prior_loss_weight": 2.0},
     "LoRA with output preservation": LORA | OUTPUT | LONG,
     "LoRA, text encoders too": LORA | ENCODERS,
     "full": FULL,
