@@ -115,20 +115,21 @@ def measure(args):
         flags = {"pretrained_model_name_or_path": args.measure[0], "instance_data_dir": args.measure[1]}
         flags |= {"instance_prompt": "a photo", "resolution": 32, "train_batch_size": 1, "max_train_steps": 12}
         flags |= {"report_to": "none", "output_dir": folder}
-        for script in ("train_dreambooth_lora_sd3", "train_dreambooth_sd3"):
-            words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-            words += ["--rank", "64"] if "lora" in script else []
-            subprocess.run([*command, "--worker", script, *words], check=True)
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        subprocess.run([*command, "--worker", *words], check=True)
 
 
 def work(script, argv):
-    """One process of `measure`: counts what it writes from the third update to the last."""
+    """One script in one process of `measure`: counts what it writes from the third update to the last."""
     import importlib
     import os
 
     os.environ["ACCELERATE_USE_CPU"] = "true"
     sys.path.insert(0, str(ROOT))
     module = importlib.import_module(script)
+    import torch
+
+    torch.distributed.destroy_process_group = lambda *group: None  # the next script needs it
     written, trained, log_update, make_optimizer = [], [], module.log_update, module.make_optimizer
 
     def count(*args):
@@ -165,6 +166,7 @@ def main():
 
 if __name__ == "__main__":
     if "--worker" in sys.argv[1:2]:
-        work(sys.argv[2], sys.argv[3:])
+        work("train_dreambooth_lora_sd3", [*sys.argv[2:], "--rank", "64"])
+        work("train_dreambooth_sd3", sys.argv[2:])
     else:
         main()

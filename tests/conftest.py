@@ -41,6 +41,18 @@ from ranks import draw_fast
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+# Runs the LoRA script once for each list of flags in a JSON list, and prints the exit codes other than 0.
+SEVERAL = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_dreambooth_lora_sd3 as script
+
+for argv in json.loads(sys.argv[1]):
+    try:
+        script.main(script.parse_args(argv))
+    except SystemExit as end:
+        print(end.code)
+"""
 
 torch.set_num_threads(1)
 # After a fork torch makes its pool of threads anew when it is first asked, but not where two threads ask at once.

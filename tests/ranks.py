@@ -11,6 +11,7 @@ all cases.
 
 import contextlib
 import functools
+import gc
 import inspect
 import json
 import os
@@ -142,6 +143,7 @@ def run_case(case):
     from accelerate.state import AcceleratorState, GradientState
 
     script, record = MODULES[case["script"]], Record()
+    gc.freeze()  # as in conftest.isolated
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda *group: None)  # the next case needs it
         record.watch(monkeypatch, script)
