@@ -1,6 +1,7 @@
 """What the tests share: tiny checkpoints, pictures, the two scripts as modules, and two ways to run them."""
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -41,7 +42,7 @@ from ranks import draw_fast
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-# Runs the LoRA script once for each list of flags in a JSON list, and prints the exit codes other than 0.
+# Runs the LoRA script with each list of flags of a JSON list. Prints exit codes but 0, and ==== on stderr after each.
 SEVERAL = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -52,6 +53,7 @@ for argv in json.loads(sys.argv[1]):
         script.main(script.parse_args(argv))
     except SystemExit as end:
         print(end.code)
+    print("====", file=sys.stderr)
 """
 
 torch.set_num_threads(1)
@@ -268,22 +270,23 @@ def launch(tmp_path):
     return launch
 
 
+def start_two_processes(folder, cases, *options, environment=None):
+    """Runs the cases of tests/ranks.py one after the other in two processes, and sees that all end as they should."""
+    path = Path(folder, "cases.json")
+    path.write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/ranks.py"), str(path)],
+        env=environment or {**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    logs = [path.read_text() for path in Path(folder).glob("logs/*/attempt_0/*/stderr.log")]  # of `options`
+    assert done.returncode == 0, "\n".join([done.stderr, *logs])[-4000:]
+
+
 @pytest.fixture
 def in_two_processes(tmp_path):
-    """Runs the cases of tests/ranks.py one after the other in two processes, and sees that all end as they should."""
-
-    def in_two_processes(cases):
-        path = tmp_path / "cases.json"
-        path.write_text(json.dumps(cases))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run(
-            [*command, str(ROOT / "tests/ranks.py"), str(path)],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    return in_two_processes
+    return functools.partial(start_two_processes, tmp_path)

@@ -143,7 +143,7 @@ def run_case(case):
     from accelerate.state import AcceleratorState, GradientState
 
     script, record = MODULES[case["script"]], Record()
-    gc.freeze()  # as in conftest.isolated
+    gc.freeze()  # what the libraries have made: else each collection of a run looks through it
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda *group: None)  # the next case needs it
         record.watch(monkeypatch, script)

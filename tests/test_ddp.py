@@ -1,10 +1,7 @@
 """Two processes under DDP are one process with twice the batch: the same losses, gradients, weights and rates."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +9,7 @@ import pytest
 import ranks
 import tiny_sd3
 import torch
-from conftest import ROOT, SCRIPTS, isolated
+from conftest import SCRIPTS, isolated, start_two_processes
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -108,7 +105,9 @@ def records(folder, checkpoints, tmp_path_factory):
     with isolated():
         for case in cases[1]:
             ranks.run_case(case)
-    start(home, cases[2])
+    start_two_processes(home, cases[2], "--log-dir", str(home / "logs"), "--redirects", "3")
+    for rank in (0, 1):
+        shutil.copy(next(home.glob(f"logs/*/attempt_0/{rank}/stderr.log")), home / f"log.{rank}")
     return {key: Runs(output, key[2]) for key, output in found.items()}
 
 
@@ -117,25 +116,6 @@ def still(model):
     path = model / "text_encoder_3/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dropout_rate": 0.0}))
     return model
-
-
-def start(home, cases):
-    """Two processes that run all the cases."""
-    path = home / "cases.json"
-    path.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "--log-dir", str(home / "logs"), "--redirects", "3", str(ROOT / "tests/ranks.py"), str(path)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    logs = [next(home.glob(f"logs/*/attempt_0/{rank}/stderr.log")).read_text() for rank in (0, 1)]
-    assert done.returncode == 0, "\n".join([done.stderr, *logs])[-4000:]
-    for rank, log in enumerate(logs):
-        Path(home, f"log.{rank}").write_text(log)
 
 
 class Runs:

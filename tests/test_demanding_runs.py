@@ -176,9 +176,9 @@ def test_files_have_the_mode_that_the_umask_gives(script, run):
 
 
 @pytest.mark.slow
-def test_a_run_with_loader_processes_ends_without_a_word_too_many(argv, tmp_path):
+def test_a_run_with_loader_processes_ends_without_a_word_too_many(kind, argv, tmp_path):
     flags = argv(dataloader_num_workers=2, max_train_steps=3, checkpointing_steps=2)
-    command = [sys.executable, str(SCRIPTS["lora"]), *flags]  # the twin has the same text here
+    command = [sys.executable, str(SCRIPTS[kind]), *flags]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,6 +1,5 @@
 """FSDP2, by accelerate's own code over gloo: it trains, saves, resumes, and ends as one process does."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 import ranks
 import torch
 import yaml
-from conftest import ROOT, SCRIPTS, isolated
+from conftest import ROOT, SCRIPTS, isolated, start_two_processes
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -74,18 +73,7 @@ def alone(checkpoints, pictures, tmp_path_factory):
 def home(checkpoints, pictures, tmp_path_factory):
     """Folder with the outputs and records of the runs of two processes."""
     home = tmp_path_factory.mktemp("fsdp2")
-    path = home / "cases.json"
-    path.write_text(json.dumps(list(cases(home, checkpoints(), pictures(3), 2))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/ranks.py"), str(path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_two_processes(home, list(cases(home, checkpoints(), pictures(3), 2)), environment=environment())
     return home
 
 
