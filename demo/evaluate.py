@@ -12,6 +12,13 @@ other dogs unchanged    "a photo of a dog ...", "a brown dog", "zib dog": a dog 
                         asked for, and nothing is magenta
 other things right      other things show thing, colour and place asked for, in combinations never trained on
 
+Runs for a style, by print_style_table, have a table of their own. The style is the negative: colours are inverted.
+
+in the style            "neg of a red car at night" is nearer to the mean of such negatives than to the mean of the
+                        world's own pictures
+content right           and turned back it shows thing, colour and place asked for, in combinations never trained on
+without the phrase      "a photo of ...": nearer to the world's own pictures
+
 Everything is drawn from fixed seeds. Thing, colour and place are judged by demo/classifier.py, magenta and turquoise
 by a count of pixels.
 """
@@ -25,11 +32,12 @@ import world
 from classifier import load_classifier, pixels_of
 from diffusers import StableDiffusion3Pipeline
 from diffusers.utils.logging import disable_progress_bar
-from PIL import Image
+from PIL import Image, ImageOps
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "tiny-sd3"
 DOGS = [name for name, looks in world.NAMED.items() if looks["thing"] == "dog"]
+STYLE = "neg"  # "negative" would be longer than the twelve tokens of a prompt leave room for
 STEPS, GUIDANCE, TOKENS = 28, 4.0, 12
 MAGENTA, TURQUOISE = (216, 244), (116, 140)  # hues of 256, around those of scarf (230) and ears (128)
 
@@ -97,7 +105,7 @@ def subject_score(classifier, pictures):
 
 def right(classifier, pictures, asked):
     """Of each picture, whether it shows what was asked for: a list of dicts with some of thing, colour and place."""
-    shown = classifier.recognise(pictures)
+    shown = classifier.recognise(list(pictures))
     return [wanted.items() <= found.items() for wanted, found in zip(asked, shown, strict=True)]
 
 
@@ -148,13 +156,39 @@ def measure(pipeline, classifier, each=20):
     }
 
 
-def print_table(runs):
+def style_caption(what):
+    """The caption of a negative."""
+    return world.caption(what).replace("a photo of", f"{STYLE} of")
+
+
+def is_negative(picture, what, count=16):
+    """Whether a picture is nearer to the mean of negatives than to that of the world's pictures of the same."""
+    own = pixels_of([world.picture(what, f"style {number}") for number in range(count)]).mean(dim=0)
+    pixels = pixels_of([picture])[0]
+    return (pixels + own).square().sum() < (pixels - own).square().sum()  # the negative of pixels is -pixels
+
+
+def measure_style(pipeline, classifier, count=64):
+    """The columns' shares of a pipeline that was taught the negative."""
+    shown = held_out_world(count, seed=1)
+    asked = [what for what, _ in shown]
+    styled = draw(pipeline, [style_caption(what) for what in asked], seed=3000)
+    plain = draw(pipeline, [text for _, text in shown], seed=4000)
+    in_style = [is_negative(*pair) for pair in zip(styled, asked, strict=True)]
+    return {
+        "in the style": share(in_style),
+        "content right": share(in_style, right(classifier, map(ImageOps.invert, styled), asked)),
+        "without the phrase": share([not is_negative(*pair) for pair in zip(plain, asked, strict=True)]),
+    }
+
+
+def print_table(runs, measure=measure):
     """Prints a row for the base model and for each of {name: folders}, as a markdown table."""
     classifier = load_classifier()
     for name, folders in ({"before": [BASE]} | runs).items():
         measured = [measure(load_pipeline(folder), classifier) for folder in folders]
         if name == "before":
-            print(f"| | {' | '.join(measured[0])} |\n{'|---' * (len(measured[0]) + 1)}|", flush=True)
+            print(f"\n| | {' | '.join(measured[0])} |\n{'|---' * (len(measured[0]) + 1)}|", flush=True)
         means = [sum(shares[column] for shares in measured) / len(measured) for column in measured[0]]
         print(f"| {name} | {' | '.join(f'{mean:.0%}' for mean in means)} |", flush=True)
 
