@@ -29,6 +29,12 @@ import torch  # noqa: E402  isort: skip
 MODULES = {"full": full, "lora": lora}
 
 
+def note_update(args, _):
+    """Step and figures of a call of log_update, whose step is an argument, or in the run's state."""
+    step = args["step"] if "step" in args else args["state"].step
+    return {"step": step, **args["figures"]}
+
+
 def whole(tensor):
     """A tensor of which each process may have a part, as all of it."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
@@ -57,7 +63,7 @@ class Record(dict):
         self.spy(
             monkeypatch, script, "draw_latents", lambda args, drawn: (args["seeds"], *map(torch.clone, drawn[:3]))
         )
-        self.spy(monkeypatch, script, "log_update", lambda args, _: {"step": args["step"], **args["figures"]})
+        self.spy(monkeypatch, script, "log_update", note_update)
         self.spy(monkeypatch, script.PromptTable, "encode", lambda args, _: (args["name"], str(args["prompts"])))
         self.spy(monkeypatch, script, "encode_moments", lambda args, _: args["pixels"].double().sum().item())
         self.spy(monkeypatch, script, "draw_images", lambda args, _: args["seeds"])
@@ -80,7 +86,7 @@ def watch_updates(script):
 
     record = Record()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        record.spy(monkeypatch, script, "log_update", lambda args, _: {"step": args["step"], **args["figures"]})
+        record.spy(monkeypatch, script, "log_update", note_update)
         yield record.setdefault("log_update", [])
 
 

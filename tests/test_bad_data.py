@@ -77,7 +77,7 @@ BAD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_used_right(script, name):
     data, size, pixel = GOOD[name]
-    image = script.open_image(data, 48, 0)
+    image = script.open_image({"path": None, "bytes": data}, 48, 0)
     assert (image.mode, image.size) == ("RGB", size)
     np.testing.assert_allclose(image.getpixel((0, 0)), pixel, atol=1 if name == "half transparent" else 0)
     pixels = script.scale_image(image, (32, 48))

@@ -113,15 +113,15 @@ def test_ten_in_a_row_end_the_run(script, end, poison, tmp_path):
 )
 def test_whose_skip_it_is(script, monkeypatch, scale, loss, norm, sound):
     scaler = None if scale is None else types.SimpleNamespace(get_scale=lambda: scale)
-    accelerator, skipped = types.SimpleNamespace(scaler=scaler), []
+    accelerator, state = types.SimpleNamespace(scaler=scaler), types.SimpleNamespace(step=4, skipped=[])
     monkeypatch.setattr(script, "log", logging.getLogger("skips"))
-    found = script.may_update(accelerator, {"loss": loss, "grad_norm": norm}, 5, skipped)
-    assert found is (sound or scaler is not None), "the scaler has to see an update to skip it"
-    assert skipped == ([] if sound else [5])
+    found = script.check_finite(accelerator, state, {"loss": loss, "grad_norm": norm})
+    assert found is (math.isfinite(loss) and math.isfinite(norm))
+    assert state.skipped == ([] if sound else [5])
 
 
 def test_a_real_scaler_skips_and_halves():
-    """What `may_update` relies on: torch's scaler leaves the weights alone and halves its scale."""
+    """What `step_optimizer` relies on: torch's scaler leaves the weights alone and halves its scale."""
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(weight.sum() * math.inf).backward()

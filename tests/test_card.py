@@ -30,11 +30,11 @@ def write(script, argv, tmp_path):
     def write(images=(), **flags):
         out = tmp_path / "dog"
         out.mkdir(exist_ok=True)
-        accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
         with isolated():
             PartialState(cpu=True)  # for what is logged
             args = script.parse_args(argv(output_dir=out, **flags))
-            script.write_card(args, accelerator, "user/dog", 7, [out / name for name in images])
+            parts = script.read_pipeline(args)
+            script.write_card(args, parts, "user/dog", SimpleNamespace(step=7), [out / name for name in images])
         return out / "README.md"
 
     return write

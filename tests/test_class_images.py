@@ -33,9 +33,9 @@ def drawn(monkeypatch):
         batches, dtypes = [], []
         draw_images, load_part = script.draw_images, script.load_part
 
-        def count(*inputs, stop):
+        def count(*inputs):
             batches.append(len(inputs[-1]))
-            return draw_images(*inputs, stop=stop)
+            return draw_images(*inputs)
 
         def keep(args, parts, name, *checkpoint, **options):
             if "torch_dtype" in options:  # a model

@@ -50,7 +50,7 @@ def test_seen(script, argv, saved, caplog, capsys, damage):
     flags = {"output_dir": saved, "dry_run": True, "use_ema": True, "learning_rate": 1e-3}
     with isolated():
         script.main(script.parse_args(argv(**flags, resume_from_checkpoint="latest")))
-    assert f"the run goes on from {saved / 'checkpoint-2'}, " in caplog.text
+    assert f"resuming {saved / 'checkpoint-2'} with changed flags: " in caplog.text
     with isolated(), pytest.raises(SystemExit) as end:
         script.main(script.parse_args(argv(**flags, resume_from_checkpoint="checkpoint-3")))
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]

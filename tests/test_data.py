@@ -235,7 +235,7 @@ def test_dry_run(script, run, monkeypatch, capsys, tmp_path, said):
         return make_optimizer(args, accelerator, trained)
 
     monkeypatch.setattr(script, "make_optimizer", counted)
-    monkeypatch.setattr(script, "log_update", lambda *rest: points.append(rest[-1]) or log_update(*rest))
+    monkeypatch.setattr(script, "log_update", lambda *rest: points.append(rest[-1].step) or log_update(*rest))
     run(script, **flags)
     assert f"trained: {counts[0]:,} parameters of transformer, text_encoder, text_encoder_2" in text
     assert points == [1, 2, 3, 4, 5, 6, 7, 8]

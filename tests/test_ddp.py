@@ -160,9 +160,9 @@ def test_two_processes_go_on_as_the_one_that_began(records, kind):
 
 def test_another_size_of_update_is_said(records, kind):
     log = Path(records[kind, "resumed", 2].output.parent, "log.0").read_text()
-    said = [line for line in log.splitlines() if "but not as it was: " in line]
+    said = [line for line in log.splitlines() if "but not as it was: " in line or "with changed flags: " in line]
     assert len(said) == len(SCRIPTS)  # of the larger ones alone
-    assert all(line.endswith("but not as it was: processes 2 was 1") for line in said)
+    assert all(line.endswith(("as it was: processes 2 was 1", "flags: processes 1 -> 2")) for line in said)
     updates = records[kind, "resumed larger", 2].ranks[0]["log_update"]
     assert [update["step"] for update in updates] == [3, 4]
 

@@ -54,8 +54,8 @@ def run_beside(script, argv, **flags):
 
 
 BESIDE = {
-    "a second run": ({}, 2, "belongs to a run that is going on: give another folder"),
-    "one that resumes": ({"resume_from_checkpoint": "latest"}, 2, "belongs to a run that is going on"),
+    "a second run": ({}, 2, "is in use by another run: give another folder"),
+    "one that resumes": ({"resume_from_checkpoint": "latest"}, 2, "is in use by another run"),
     "a dry run": ({"dry_run": True}, 0, ""),
     "one with a wrong flag": ({"resolution": 33}, 2, "--resolution 33 is not a multiple of 16"),
     "one of another base": ({"pretrained_model_name_or_path": "/nowhere"}, 2, "error: "),
@@ -140,7 +140,9 @@ def test_a_tenth_of_the_updates_may_be_skipped(script, argv, monkeypatch, capsys
     original, places = script.batch_losses, iter(range(10))
     spoilt = [3, 6][:skipped]
     monkeypatch.setattr(
-        script, "batch_losses", lambda *given: original(*given) * (math.nan if next(places) in spoilt else 1)
+        script,
+        "batch_losses",
+        lambda *given: original(*given) * (math.nan if next(places) in spoilt else 1),
     )
     with isolated(), pytest.raises(SystemExit) if skipped > 1 else contextlib.nullcontext() as end:
         script.main(script.parse_args(argv(max_train_steps=10)))

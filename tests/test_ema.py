@@ -18,9 +18,9 @@ def test_average_of_the_updates(script, kind, run, monkeypatch, tmp_path):
     steps = [load_file(plain / f"checkpoint-{n}" / WEIGHTS[kind]) for n in (1, 2, 3)]
     seen, validate = [], script.validate
 
-    def look(args, accelerator, embed, *rest, **options):
-        seen.append({name: p.detach().clone() for name, p in embed.trained["transformer"].named_parameters()})
-        return validate(args, accelerator, embed, *rest, **options)
+    def look(args, accelerator, trained, *rest):
+        seen.append({name: p.detach().clone() for name, p in trained.models["transformer"].named_parameters()})
+        return validate(args, accelerator, trained, *rest)
 
     monkeypatch.setattr(script, "validate", look)
     output = run(script, max_train_steps=3, checkpointing_steps=1, validation_epochs=1, repeats=1, **FLAGS)

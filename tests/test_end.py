@@ -60,7 +60,7 @@ def test_a_tracker_that_does_not_start_is_refused_before_the_work(script, argv, 
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert end.value.code == 2
     assert (
-        "--report_to tensorboard: a tracker does not start: mend it or leave it out (RuntimeError: out of memory)"
+        "--report_to tensorboard: could not start a tracker; fix it or drop it from --report_to (RuntimeError: "
         in line
     )
 

@@ -56,9 +56,9 @@ def losses(script, run, monkeypatch, tmp_path):
     def draw(args, vae_config, moments, seeds, device):
         return draw_latents(args, vae_config, moments, seeds, torch.device("cpu"))
 
-    def log(accelerator, bar, trained, schedule, figures, step):
+    def log(accelerator, optimizer, figures, state):
         seen.append(figures["loss"])
-        log_update(accelerator, bar, trained, schedule, figures, step)
+        log_update(accelerator, optimizer, figures, state)
 
     monkeypatch.setattr(script, "draw_latents", draw)
     monkeypatch.setattr(script, "log_update", log)

@@ -154,8 +154,8 @@ def test_comfyui_knows_every_layer_of_all_linear(train, checkpoints):
 def targets(lora, argv, **flags):
     args = lora.parse_args(argv(**flags))
     with isolated():
-        accelerator = lora.start_accelerator(args)
-        return lora.choose_targets(args, lora.read_pipeline(args), accelerator)["transformer"]
+        lora.start_accelerator(args)
+        return lora.choose_targets(args, lora.read_pipeline(args))["transformer"]
 
 
 @pytest.mark.parametrize(

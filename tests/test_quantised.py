@@ -30,9 +30,9 @@ def losses(lora, run, monkeypatch):
     """Runs the script, and returns its output_dir and {update: loss}."""
     seen, log_update = {}, lora.log_update
 
-    def recorded(accelerator, bar, trained, schedule, figures, step):
-        seen[step] = figures["loss"]
-        log_update(accelerator, bar, trained, schedule, figures, step)
+    def recorded(accelerator, optimizer, figures, state):
+        seen[state.step] = figures["loss"]
+        log_update(accelerator, optimizer, figures, state)
 
     def losses(**flags):
         seen.clear()

@@ -165,17 +165,17 @@ def test_the_same_base_in_another_spelling_is_accepted(lora, argv, checkpoints, 
     monkeypatch.chdir(base.parent)
     named = spelling.format(base.name, parent=base.parent.name, path=base)
     compare(lora, argv, resume_from_checkpoint=saved["lora"] / "checkpoint-1", pretrained_model_name_or_path=named)
-    assert "not as it was" not in caplog.text
+    assert "changed flags" not in caplog.text
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"learning_rate": 1e-3}, "learning_rate 0.001 was 0.0001"),
-        ({"instance_prompt": "a cat"}, "instance_prompt 'a cat' was 'a photo of sks dog', images "),
+        ({"learning_rate": 1e-3}, "learning_rate 0.0001 -> 0.001"),
+        ({"instance_prompt": "a cat"}, "instance_prompt 'a photo of sks dog' -> 'a cat', images "),
         ({"instance_data_dir": "PICTURES"}, "images "),
-        ({"ema_decay": 0.5}, "ema_decay 0.5 was 0.9999"),
-        ({"train_batch_size": 2}, "train_batch_size 2 was 1"),
+        ({"ema_decay": 0.5}, "ema_decay 0.9999 -> 0.5"),
+        ({"train_batch_size": 2}, "train_batch_size 1 -> 2"),
         ({"max_train_steps": 9, "logging_dir": "other"}, None),
     ],
 )
@@ -185,10 +185,10 @@ def test_what_has_changed_since_is_said(script, kind, argv, pictures, saved, cap
         changed = {"instance_data_dir": pictures(2, seed=5)}
     checkpoint = saved[kind] / "checkpoint-1"
     compare(script, argv, resume_from_checkpoint=checkpoint, **changed)
-    lines = [line for line in caplog.messages if "not as it was" in line]
+    lines = [line for line in caplog.messages if "with changed flags" in line]
     assert len(lines) == (said is not None)
     if said:
-        assert f"the run goes on from {checkpoint}, but not as it was: " in lines[0]
+        assert f"resuming {checkpoint} with changed flags: " in lines[0]
         assert said in lines[0]
 
 
@@ -203,7 +203,7 @@ def test_a_run_goes_on_with_its_updates_shared_out_otherwise(lora, run, pictures
     assert [update["step"] for update in later] == [3, 4, 5]
     for ours, theirs in zip(updates[2:], later, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
-    assert "not as it was" not in caplog.text
+    assert "changed flags" not in caplog.text
 
 
 def test_fewer_updates_than_the_checkpoint_has_are_none(script, run, caplog, tmp_path):

@@ -131,9 +131,9 @@ def test_names_of_the_scalars(case, script, kind, run, monkeypatch, pictures):
     """The README's table has these names."""
     seen, log_update = {}, script.log_update
 
-    def recorded(accelerator, bar, trained, schedule, figures, step):
-        log_update(accelerator, bar, trained, schedule, figures, step)
-        seen[step] = set(figures)
+    def recorded(accelerator, optimizer, figures, state):
+        log_update(accelerator, optimizer, figures, state)
+        seen[state.step] = set(figures)
 
     monkeypatch.setattr(script, "log_update", recorded)
     flags = {}

@@ -25,7 +25,7 @@ def fail(*_):
     raise RuntimeError("no luck on process 1")
 
 if os.environ["RANK"] == "1":
-    script.may_update = fail
+    script.check_finite = fail
 script.main(script.parse_args(sys.argv[1:]))
 """
 
