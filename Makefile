@@ -18,11 +18,11 @@ test-oldest test-2025: test-%: .venv-%/ready
 
 # Writes the losses and checkpoints that later versions are held against, where a change of them is meant.
 golden: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python tests/golden.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/support/golden.py
 
 # On the first card, or on the one that CUDA_VISIBLE_DEVICES names. cuBLAS reads its setting once, before a test asks.
 test-gpu: .venv/ready
-	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_gpu.py
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engines/test_gpu.py
 
 check: .venv/ready
 	$(BIN)/ruff format --check $(CODE)

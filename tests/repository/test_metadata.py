@@ -36,7 +36,7 @@ def test_metadata_is_the_requirements(script_path):
     assert 'target-version = "py311"' in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("path", ["README.md", "demo/launch/train.sbatch", "demo/launch/skypilot.yaml"])
+@pytest.mark.parametrize("path", ["README.md", "launch/train.sbatch", "launch/skypilot.yaml"])
 def test_remote_commands_have_flags_that_there_are(path, lora):
     text = (ROOT / path).read_text().replace("\\\n", " ")
     if path == "README.md":
@@ -51,7 +51,7 @@ def test_sbatch_requeues_a_run_that_its_signal_stopped(tmp_path):
     """With srun and scontrol of a few words: the signal's exit code leads back into the queue, another does not."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text("")
-    script = ROOT / "demo" / "launch" / "train.sbatch"
+    script = ROOT / "launch" / "train.sbatch"
     for code, requeued in ((138, True), (0, False), (1, False)):
         tools = f'srun() {{ return {code}; }}; scontrol() {{ echo "$@"; }}; export -f srun scontrol; '
         command = ["bash", "-c", f"{tools} SLURM_JOB_ID=7 bash {script}"]
