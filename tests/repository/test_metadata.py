@@ -9,6 +9,7 @@ import tomllib
 from importlib.metadata import version
 
 import pytest
+import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -80,6 +81,19 @@ def test_what_is_installed_is_what_an_environment_of_make_has():
     """The versions that the tests run with are those that are named."""
     sets = [dict(line.split("==") for line in read_requirements(path)) for path in ROOT.glob("constraints*.txt")]
     assert {name: version(name).split("+")[0] for name in sets[0]} in sets
+
+
+def test_the_citation_has_the_version_and_the_licence():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert "Apache License\n                           Version 2.0" in (ROOT / "LICENSE").read_text()
+
+
+def test_make_lists_its_targets():
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    named = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert not [target for target in named if not re.search(rf"^make .*\b{target}\b", listed, re.MULTILINE)]
 
 
 def test_the_newest_changes_are_those_of_the_version():
