@@ -53,8 +53,8 @@ from pathlib import Path
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
-LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+LR_SCHEDULERS = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split()
+TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio".split()
 METHOD = "dreambooth-sd3"
 PRECISIONS = ("no", "fp32", "fp16", "bf16")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
@@ -62,7 +62,7 @@ WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
 def refuse(message):
     """Prints one line and exits with code 2; if all processes fail alike, only local rank 0 prints."""
-    if int(os.environ.get("LOCAL_RANK", 0)):
+    if int(os.environ.get("LOCAL_RANK") or 0):
         time.sleep(2)  # the launcher should have killed this process by then
     line = " ".join(str(message).split())
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
@@ -78,11 +78,15 @@ def or_refuse(what):
         refuse(f"{what} ({type(error).__name__}: {error})")
 
 
+def utf8(text):
+    """Value of a flag that is a text. Errors: ValueError for bytes that are none."""
+    text.encode()
+    return text
+
+
 def boolean(text):
-    """Value of a true/false flag; with type=bool argparse would read 'False' as true."""
-    if text.lower() not in {"true", "false", "1", "0", "yes", "no"}:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in {"true", "1", "yes"}
+    """Value of a true/false flag; with type=bool argparse would read 'False' as true. Errors: ValueError."""
+    return ("false", "0", "no", "true", "1", "yes").index(text.lower()) >= 3
 
 
 def in_range(kind, low, below=1e30):
@@ -100,7 +104,6 @@ def in_range(kind, low, below=1e30):
 
 STEPS = in_range(int, 1)
 COUNT = in_range(int, 1, 10_001)
-NUMBER = in_range(float, -1e30)
 AMOUNT = in_range(float, 0.0)
 POSITIVE = in_range(float, 1e-30)
 NORM = in_range(float, 1e-30, math.inf)
@@ -116,7 +119,7 @@ def add_group(parser, title):
     """A function that adds a flag to a new group: its name, its help, its type (bool: a switch) and its default."""
     group = parser.add_argument_group(title)
 
-    def add(name, text, kind=str, default=None, **options):
+    def add(name, text, kind=utf8, default=None, **options):
         if kind is bool:
             group.add_argument(name, help=text, action="store_true")
             return
@@ -139,8 +142,8 @@ def add_input_flags(parser):
     add("--dataset_name", "Hub id or folder of an image dataset, read by the datasets library.")
     add("--dataset_config_name", "Configuration of that dataset.")
     add("--instance_data_dir", "Folder with the subject's images, in place of --dataset_name.")
-    add("--dataset_split", "Split of that dataset.", str, "train")
-    add("--image_column", "Dataset column with the images.", str, "image")
+    add("--dataset_split", "Split of that dataset.", utf8, "train")
+    add("--image_column", "Dataset column with the images.", utf8, "image")
     add("--caption_column", "Dataset column with one caption per image; empty ones use --instance_prompt.")
     add("--repeats", "How often each instance image occurs in an epoch.", COUNT, 1)
     add("--instance_prompt", "Prompt of images without a caption: 'a photo of sks dog'.")
@@ -191,11 +194,11 @@ def add_training_flags(parser):
     add("--local_rank", "Accepted from old launchers; LOCAL_RANK is what counts.", int, -1)
 
     add = add_group(parser, "loss")
-    add("--weighting_scheme", "SD3 paper, 3.1; none: uniform.", str, "logit_normal", choices=WEIGHTINGS)
+    add("--weighting_scheme", "SD3 paper, 3.1; none: uniform.", utf8, "logit_normal", choices=WEIGHTINGS)
     add("--training_shift", "Shift of the noise levels; unset: the scheduler's, 3 in SD3.", POSITIVE)
-    add("--logit_mean", "Mean of the logit-normal density.", NUMBER, 0.0)
+    add("--logit_mean", "Mean of the logit-normal density.", in_range(float, -1e30), 0.0)
     add("--logit_std", "Standard deviation of the logit-normal density.", POSITIVE, 1.0)
-    add("--mode_scale", "Scale of the mode density.", NUMBER, 1.29)
+    add("--mode_scale", "Scale of the mode density.", in_range(float, -1.0, 1.752), 1.29)
     add("--precondition_outputs", "1 compares clean latents, 0 velocities.", int, 1, choices=(0, 1))
 
     add = add_group(parser, "optimizer")
@@ -203,7 +206,7 @@ def add_training_flags(parser):
     add("--learning_rate", "Learning rate after warm-up.", AMOUNT, 1e-4)
     add("--text_encoder_lr", "Text encoders' rate; prodigy takes --learning_rate.", AMOUNT, 5e-6)
     add("--scale_lr", "Multiply --learning_rate by processes, accumulation and batch size.", bool)
-    add("--lr_scheduler", "Shape of the learning rate over the run.", str, "constant", choices=LR_SCHEDULERS)
+    add("--lr_scheduler", "Shape of the learning rate over the run.", utf8, "constant", choices=LR_SCHEDULERS)
     add("--lr_warmup_steps", "Updates of warm-up.", in_range(int, 0), 500)
     add("--lr_num_cycles", "Restarts of cosine_with_restarts.", COUNT, 1)
     add("--lr_power", "Power of polynomial.", AMOUNT, 1.0)
@@ -230,9 +233,9 @@ def add_output_flags(parser):
     add("--skip_final_inference", "Draw no images at the end.", bool)
 
     add = add_group(parser, "output")
-    add("--output_dir", "Where everything is written.", str, "sd3-dreambooth")
-    add("--logging_dir", "The trackers' folder inside output_dir.", str, "logs")
-    add("--report_to", f"Some of {','.join(TRACKERS)}; or all, none.", str, "tensorboard")
+    add("--output_dir", "Where everything is written.", utf8, "sd3-dreambooth")
+    add("--logging_dir", "The trackers' folder inside output_dir.", utf8, "logs")
+    add("--report_to", f"Some of {','.join(TRACKERS)}; or all, none.", utf8, "tensorboard")
     add("--tracker_project_name", "The trackers' project.")
     add("--tracker_run_name", "The run's name in wandb and in logging_dir.")
     add("--checkpointing_steps", "Updates between checkpoints.", STEPS, 500)
@@ -247,7 +250,7 @@ def add_output_flags(parser):
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or METHOD).splitlines()[0],  # `python -OO` takes the docstring away
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ...",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -264,17 +267,25 @@ def check_data_flags(args):
     """Refuses data flags that contradict each other and folders that are not there."""
     if bool(args.dataset_name) == bool(args.instance_data_dir):
         refuse("--dataset_name, --instance_data_dir: give exactly one of the two")
-    for name in ("instance_data_dir", "validation_data_dir", "class_data_dir"):
+    output = Path(args.output_dir).resolve()
+    drawn = Path(args.class_data_dir or os.devnull).resolve()
+    if drawn == output:
+        refuse(
+            f"--class_data_dir is --output_dir {args.output_dir!r}: the next run would train on what this one draws"
+        )
+    for name in ("instance_data_dir", "dataset_name", "validation_data_dir"):
         folder = getattr(args, name)
         if not folder:
             continue
-        if Path(folder).resolve() == Path(args.output_dir).resolve():
+        path = Path(folder).resolve()
+        if path == output:
             refuse(f"--{name} is --output_dir {args.output_dir!r}: the next run would train on what this one draws")
-        if name != "class_data_dir" and not Path(folder).is_dir():
+        if path.is_relative_to(drawn) or drawn.is_relative_to(path):
+            refuse(
+                f"--class_data_dir {args.class_data_dir!r} overlaps --{name}: give class images a folder of their own"
+            )
+        if name != "dataset_name" and not os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises on a long name
             refuse(f"--{name} {folder!r} is not a folder: give the folder with the images")
-    if args.resolution % 16:
-        near = round(args.resolution / 16) * 16
-        refuse(f"--resolution {args.resolution} is not a multiple of 16 (VAE 8, patch 2): {near} is the nearest")
 
 
 def check_class_flags(args):
@@ -344,15 +355,23 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+with contextlib.suppress(ImportError):  # if it is there, Pillow reads the photos of iPhones
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
 log = get_logger(__name__)
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"}
+IMAGE_SUFFIXES = ".jpg .jpeg .jfif .png .webp .avif .heic .heif .bmp .gif .tif .tiff".split()
 CAPTION_SUFFIXES = (".txt", ".caption")
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # what makes a folder an imagefolder dataset
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as in an imagefolder of the datasets library
 ENCODED = ".encoded"  # folder in output_dir for what is encoded once, while a run lasts
 KEPT_BYTES = 2**30  # of scaled images that stay in memory: decoding a photo can take longer than an update
+LONGEST = (
+    8  # crops that a scaled image is long: of a longer one its crop alone is scaled, or 1 x 5000 pixels take 4 GB
+)
 
 
 def derive_seed(*parts):
@@ -363,8 +382,8 @@ def derive_seed(*parts):
 
 def list_images(folder):
     """Image files of a folder in sorted order, without hidden ones."""
-    files = [path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
-    return [path for path in files if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in sorted(Path(folder).glob("[!.]*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return list(filter(Path.is_file, files))
 
 
 def open_image(source, reach, number, alpha_mask=False):
@@ -397,34 +416,38 @@ def open_image(source, reach, number, alpha_mask=False):
         return image
     except Exception as error:  # PIL's readers raise anything on a damaged file
         name = repr(str(path)[:200]) if path else f"of row {number}"
-        raise ValueError(f"the image {name} cannot be read ({error}): repair or remove it") from error
+        raise ValueError(f"the image {name} cannot be read ({error})") from error
 
 
-def scale_image(image, size):
-    """An image scaled until it just covers `size`, (height, width): pixels (H, W, bands) from 0 to 255."""
+def cover(rows, columns, size):
+    """Height and width of an image once it is scaled until it just covers `size`, (height, width)."""
     height, width = size
-    if image.height * width < image.width * height:
-        width = image.width * height // image.height
-    else:
-        height = image.height * width // image.width
+    return max(height, rows * width // columns), max(width, columns * height // rows)
+
+
+def scale_image(image, size, box=None):
+    """Pixels (H, W, bands) from 0 to 255 of an image, scaled until it just covers `size`, (height, width).
+
+    A very long image is left as it is. With a box, (left, top, right, bottom), this part of it is scaled to `size`.
+    """
+    if box is None:
+        scaled = cover(image.height, image.width, size)
+        size = (image.height, image.width) if max(scaled) > LONGEST * max(size) else scaled
     bands = [image.convert("RGB"), *image.split()[3:]]  # apart: PIL would multiply the colours by the alpha
-    scaled = [band.resize((width, height), Image.Resampling.BILINEAR) for band in bands]  # antialiased
-    return np.dstack(scaled)
+    return np.dstack([band.resize(size[::-1], Image.Resampling.BILINEAR, box) for band in bands])  # antialiased
 
 
 def crop_image(pixels, size, generator, center, flip):
-    """A crop of `size` of pixels (H, W, bands): uint8 (bands, height, width), its place and mirror drawn."""
-    height, width = size
-    spare_rows = pixels.shape[0] - height
-    spare_columns = pixels.shape[1] - width
-    down, right, mirror = torch.rand(3, generator=generator).tolist()
-    if center:
-        top = round(spare_rows / 2)
-        left = round(spare_columns / 2)
-    else:
-        top = int(down * (spare_rows + 1))
-        left = int(right * (spare_columns + 1))
-    crop = pixels[top : top + height, left : left + width]
+    """A crop of `size` of scaled pixels (H, W, bands): uint8 (bands, height, width), its place and mirror drawn."""
+    scaled = np.array(cover(*pixels.shape[:2], size))
+    spare = scaled - size
+    *place, mirror = torch.rand(3, generator=generator).tolist()
+    corner = np.rint(spare / 2) if center else np.floor(place * (spare + 1))
+    top, left, bottom, right = np.concatenate([corner, corner + size]).astype(int)
+    crop = pixels[top:bottom, left:right]
+    if len(pixels) != scaled[0]:  # not scaled yet
+        y, x = pixels.shape[:2] / scaled
+        crop = scale_image(Image.fromarray(pixels), size, (left * x, top * y, right * x, bottom * y))
     if flip and mirror < 0.5:
         crop = crop[:, ::-1]
     return torch.from_numpy(crop.copy()).permute(2, 0, 1)
@@ -448,6 +471,15 @@ def list_buckets(args):
     return buckets
 
 
+def read_caption(number, caption):
+    """Captions of an image to choose from, (text, ...): one, those of a list, or none. Refuses what is not text."""
+    texts = caption if isinstance(caption, list) else [caption]
+    words = [" ".join(text.split()) for text in texts if isinstance(text, str)]
+    if caption is not None and len(words) < len(texts):
+        refuse(f"the caption of row {number} is {caption!r}: give a text or a list of texts")
+    return tuple(filter(None, words))
+
+
 class DreamBoothDataset:
     """Instance images with their prompts, each together with a class image where there are any.
 
@@ -463,28 +495,41 @@ class DreamBoothDataset:
         self.moments = None
         self.scaled = {}
         self.kept_bytes = 0
-        words = [" ".join(str(caption or "").split()) for caption in captions]
-        prompts = [caption or args.instance_prompt for caption in words]
-        if None in prompts:
-            refuse(f"{flag}: {prompts.count(None)} of {len(prompts)} images have no caption: give --instance_prompt")
-        self.sizes, checksums = self.add_images("instance", flag, images, prompts)
+        prompts = [read_caption(number, caption) for number, caption in enumerate(captions)]
+        lacking = prompts.count(())
+        if lacking and args.instance_prompt is None:
+            refuse(f"{flag}: {lacking} of {len(prompts)} images have no caption: give --instance_prompt")
+        prompts = [words or (args.instance_prompt,) for words in prompts]
+        self.sizes, checksums, opacities = self.add_images("instance", flag, images, prompts)
         self.digest = derive_seed(prompts, checksums)
         sizes = dict(Counter(self.sizes))
-        log.info(f"{flag}: {len(images)} images, {words.count('')} without a caption; (height, width): {sizes}")
+        log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {sizes}")
+        if args.alpha_mask and {0, 255}.issuperset(opacities):
+            log.warning(
+                f"{flag}: --alpha_mask: each image is opaque or transparent as a whole; the latter teach nothing"
+            )
 
     def add_images(self, kind, flag, images, prompts):
-        """Adds the images of a kind and reads each once. Returns the sizes of their crops, and checksums."""
+        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and mean opacities.
+
+        `prompts` are tuples: of each, one is drawn an epoch.
+        """
         if not len(images):
-            refuse(f"{flag}: there is no image")
+            refuse(f"{flag}: there is no image: give a folder that directly holds {', '.join(IMAGE_SUFFIXES)} files")
         self.images[kind] = images
         self.prompts[kind] = prompts
 
         def inspect(number):
             pixels, size = self.load(kind, number)
-            return size, hashlib.sha256(pixels).hexdigest()
+            return size, hashlib.sha256(pixels).hexdigest(), pixels[:, :, -1].mean()
 
-        with or_refuse(flag), ThreadPoolExecutor() as pool:
-            return zip(*pool.map(inspect, range(len(images))), strict=True)
+        with ThreadPoolExecutor() as pool:
+            found = [pool.submit(inspect, number) for number in range(len(images))]
+        broken = [str(each.exception()) for each in found if each.exception()]
+        if broken:
+            remedy = "repair or remove them; for HEIC: pip install pillow-heif"
+            refuse(f"{flag}: {len(broken)} of {len(images)} images are broken: {'; '.join(broken[:10])}: {remedy}")
+        return zip(*[each.result() for each in found], strict=True)
 
     def load(self, kind, number, size=None):
         """Scaled pixels (H, W, bands) of an image, which stay in memory while there is room, and its crop's size."""
@@ -510,9 +555,10 @@ class DreamBoothDataset:
         for kind, images in self.images.items():
             number = index % len(images)
             seed = derive_seed(self.args.seed, kind, epoch, index + copy * len(self))
-            prompt = self.prompts[kind][number]
-            chance = random.Random(derive_seed(seed, "caption")).random()
-            if kind == "instance" and chance < self.args.caption_dropout:
+            draw = random.Random(derive_seed(seed, "caption"))
+            dropped = draw.random() < self.args.caption_dropout
+            prompt = draw.choice(self.prompts[kind][number])
+            if dropped and kind == "instance":
                 prompt = ""
             if self.moments:
                 data = self.moments[kind, number, size]["moments"]
@@ -534,52 +580,34 @@ class DreamBoothDataset:
         return crop_image(scaled, size, generator, self.args.center_crop, self.args.random_flip)
 
 
-class EpochSampler:
-    """Batches of places (epoch, index, copy): every index once an epoch, in an order drawn from seed and epoch.
-
-    Batches hold images of one size and are full, and so are updates: copies of the epoch's last images, drawn anew,
-    fill them up. The images of an update depend on its size alone, processes x batch x accumulation. Set `epoch`, and
-    `start` to the batches that a process has done of it, before each pass.
-    """
+class Batches(list):
+    """What a loader reads in an epoch: lists of places, see order_epoch."""
 
     batch_size = None  # tells accelerate that it cannot split them itself
 
-    def __init__(self, args, dataset, processes):
-        self.seed = args.seed
-        self.sizes = [dataset.size(index) for index in range(len(dataset))]
-        self.batch = args.train_batch_size
-        self.group = self.batch * processes  # a batch on every process
-        self.update = self.group * args.gradient_accumulation_steps
-        self.epoch = 0
-        self.start = 0
 
-    def __len__(self):
-        return len(self.order()) // self.batch
+def order_epoch(args, dataset, processes, epoch, done=0):
+    """Batches of places (epoch, index, copy): every index once, in an order drawn from seed and epoch.
 
-    def order(self):
-        """The epoch's (index, copy): full updates of one size each, then what is left of each size."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        items = []
-        by_size = {}  # less than an update each
-        for index in torch.randperm(len(self.sizes), generator=generator).tolist():
-            size = self.sizes[index]
-            by_size.setdefault(size, []).append((index, 0))
-            if len(by_size[size]) == self.update:
-                items += by_size.pop(size)
-        leftovers = list(by_size.values())
-        for leftover in leftovers:
-            items += leftover
-            # Every process must get the same number of batches; the last ones also complete the update.
-            multiple = self.update if leftover is leftovers[-1] else self.group
-            for number in range(-len(items) % multiple):
-                index, _ = leftover[number % len(leftover)]
-                items.append((index, 1 + number // len(leftover)))
-        return items
-
-    def __iter__(self):
-        places = [(self.epoch, index, copy) for index, copy in self.order()]
-        for first in range(self.start * self.group, len(places), self.batch):
-            yield places[first : first + self.batch]
+    An update, which is processes x batch x accumulation images, is full and of one size: copies, drawn anew, fill up
+    the last one of each size. So it has the same images however they are shared out. Leaves out the `done` updates.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(args.seed, "order", epoch))
+    batch = args.train_batch_size
+    update = processes * batch * args.gradient_accumulation_steps
+    places = []
+    by_size = {}  # less than an update each
+    for index in torch.randperm(len(dataset), generator=generator).tolist():
+        size = dataset.size(index)
+        by_size.setdefault(size, []).append((epoch, index, 0))
+        if len(by_size[size]) == update:
+            places += by_size.pop(size)
+    for rest in by_size.values():
+        for number in range(update - len(rest)):
+            _, index, copy = rest[number]
+            rest.append((epoch, index, copy + 1))
+        places += rest
+    return [places[first : first + batch] for first in range(done * update, len(places), batch)]
 
 
 def collate(items):
@@ -619,44 +647,47 @@ def read_folder(args, flag, folder):
     """Images of a folder and a caption or None for each, from the files beside them or from its metadata file."""
     if any(Path(folder, name).is_file() for name in METADATA):
         return read_dataset(args, flag, folder, "image", args.caption_column or "text")
+    unused = (args.dataset_split, args.image_column, args.caption_column)
+    if args.instance_data_dir and unused != ("train", "image", None):
+        log.warning(f"{flag} {folder!r} has no metadata file: split and columns of a dataset have no effect")
     images = list_images(folder)
-    if not images:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        refuse(f"{flag} {folder!r}: there is no image in it: give a folder that directly holds {suffixes} files")
     captions = []
     for image in images:
-        beside = [path for path in map(image.with_suffix, CAPTION_SUFFIXES) if path.is_file()]
-        caption = None
-        if beside:
-            with or_refuse(f"{beside[0]} is not UTF-8 text: save it as such"):
-                caption = beside[0].read_text(encoding="utf-8-sig")
-        captions.append(caption)
+        beside = next(filter(Path.is_file, map(image.with_suffix, CAPTION_SUFFIXES)), None)
+        with or_refuse(f"{beside} is not UTF-8 text: save it as such"):
+            captions.append(beside and beside.read_text(encoding="utf-8-sig"))
     return images, captions
 
 
 def read_dataset(args, flag, name, image_column, caption_column):
-    """Images of a dataset, decoded when they are used, and a caption or None for each.
+    """Images of a dataset, decoded when they are used, and captions or None for each.
 
     `name` is a Hub id, a folder of save_to_disk, or a folder of images with a metadata file.
     """
-    with or_refuse(f"{flag} {name!r} cannot be read"):
+    remedy = (
+        "a folder's name must be without brackets, each file_name in its metadata that of a file in it;"
+        " other files of images than parquet have to be unpacked; --cache_dir moves what is written"
+    )
+    with or_refuse(f"{flag} {name!r} cannot be read: {remedy}"):
         import datasets
 
-        if Path(name, "state.json").is_file():
+        if Path(name, "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(Path(name, args.dataset_split))
+        elif Path(name, "state.json").is_file():
             rows = datasets.load_from_disk(name)
-        elif Path(name, "dataset_dict.json").is_file():
-            splits = datasets.load_from_disk(name)
-            if args.dataset_split not in splits:
-                raise ValueError(f"--dataset_split {args.dataset_split!r} is not in it: it has {', '.join(splits)}")
-            rows = splits[args.dataset_split]
         else:
-            options = {"split": args.dataset_split, "cache_dir": args.cache_dir}
-            rows = datasets.load_dataset(name, args.dataset_config_name, **options)
-        for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-            if column and column not in rows.column_names:
-                refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
+            split = args.dataset_split
+            rows = datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
+        missing = {image_column, caption_column} - {None, *rows.column_names}
+        if missing:
+            refuse(f"{flag} {name!r} has no column {' or '.join(missing)}, but {', '.join(rows.column_names)}")
+        if not isinstance(rows.features[image_column], datasets.Image | datasets.Value | dict):
+            raise TypeError("it has arrays for images: cast them to datasets.Image")
         images = rows.cast_column(image_column, datasets.Image(decode=False))[image_column]
-    captions = rows[caption_column][:] if caption_column else [None] * len(rows)
+        captions = rows[caption_column][:] if caption_column else [None] * len(rows)
+        label = rows.features.get(caption_column)
+        if isinstance(label, datasets.ClassLabel):
+            captions = label.int2str(captions)
     return images, captions
 
 
@@ -664,23 +695,22 @@ def read_instances(args):
     """The images to train on, with their prompts."""
     if args.dataset_name:
         flag = "--dataset_name"
-        images, captions = read_dataset(args, flag, args.dataset_name, args.image_column, args.caption_column)
+        found = read_dataset(args, flag, args.dataset_name, args.image_column, args.caption_column)
     else:
         flag = "--instance_data_dir"
-        images, captions = read_folder(args, flag, args.instance_data_dir)
-    return DreamBoothDataset(args, flag, images, captions)
+        found = read_folder(args, flag, args.instance_data_dir)
+    return DreamBoothDataset(args, flag, *found)
 
 
 def read_held_out(args):
     """The images of --validation_data_dir, cropped in the middle; None without the flag."""
     if not args.validation_data_dir:
         return None
+    prompt = args.instance_prompt or ""
     fixed = {"center_crop": True, "random_flip": False, "repeats": 1, "seed": 0, "caption_dropout": 0}
-    fixed["instance_prompt"] = args.instance_prompt or ""
-    plain = argparse.Namespace(**vars(args) | fixed)
+    plain = argparse.Namespace(**vars(args) | fixed | {"instance_prompt": prompt})
     flag = "--validation_data_dir"
-    images, captions = read_folder(args, flag, args.validation_data_dir)
-    return DreamBoothDataset(plain, flag, images, captions)
+    return DreamBoothDataset(plain, flag, *read_folder(args, flag, args.validation_data_dir))
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -694,12 +724,9 @@ def read_pipeline(args):
     """Parts of the base pipeline, {name: (library, class)}, from model_index.json. Refuses anything but an SD3."""
     model = args.pretrained_model_name_or_path
     remedy = "give a diffusers folder or a Hub id; for a gated model accept its licence and run `hf auth login`"
-    parts = {}
     with or_refuse(f"--pretrained_model_name_or_path {model!r}: no model_index.json can be read: {remedy}"):
         index = StableDiffusion3Pipeline.load_config(model, cache_dir=args.cache_dir, revision=args.revision)
-        for name, entry in index.items():
-            if isinstance(entry, list | tuple) and entry[0]:
-                parts[name] = entry
+        parts = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
     if args.no_t5:
         parts.pop("text_encoder_3", None)
         parts.pop("tokenizer_3", None)
@@ -710,6 +737,11 @@ def read_pipeline(args):
         if library not in ("diffusers", "transformers") or needed.get(name, "") not in class_name:
             found = f"its {name} is {library} {class_name}"
             refuse(f"--pretrained_model_name_or_path {model!r} is not an SD3 pipeline: {found}")
+    for name, field in (("vae", "scaling_factor"), ("vae", "shift_factor"), ("scheduler", "shift")):
+        with or_refuse(f"{name} of {model!r} cannot be used"):
+            number = sketch_part(args, parts, name).config[field]
+            if number is None or number <= 0:
+                raise ValueError(f"its {field} is {number}")
     return parts
 
 
@@ -759,19 +791,19 @@ def load_part(args, parts, name, checkpoint=None, **options):
         options |= source_of(args, name)
         with torch.device("meta") if on_meta else contextlib.nullcontext():
             part, info = part_class.from_pretrained(model, **options, output_loading_info=True)
-        wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+        wrong = sum(map(list, info.values()), [])  # keys that are missing, unexpected, of another shape
         if wrong and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {wrong[0]}, {len(wrong)} in all")
-        if name == "vae" and part.config.shift_factor is None:
-            raise ValueError("no shift_factor in its config: not an SD3 VAE")
     return part.requires_grad_(False).eval()
 
 
 def load_tokenizer_or_scheduler(part_class, model, source):
-    """A part without weights. Errors: ValueError for a tokenizer that knows no word."""
+    """A part without weights. Errors: ValueError for a tokenizer without words or length."""
     part = part_class.from_pretrained(model, **source)
-    if hasattr(part, "unk_token_id") and part.unk_token_id in part("photo", add_special_tokens=False).input_ids:
-        raise ValueError("it has no vocabulary: a tokenizer file is missing")
+    if hasattr(part, "unk_token_id"):
+        unknown = part.unk_token_id in part("photo", add_special_tokens=False).input_ids
+        if unknown or part.model_max_length > 2**20:
+            raise ValueError("it has no vocabulary or no length: a tokenizer file is missing")
     return part
 
 
@@ -789,7 +821,7 @@ def read_transformer_config(args):
 
 
 def sketch_part(args, parts, name):
-    """A model of the pipeline without its weights, on the meta device: names and sizes of its layers."""
+    """A part of the pipeline that is no tokenizer, without weights: its config, names and sizes of its layers."""
     model = args.pretrained_model_name_or_path
     with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
         kind = class_of(parts, name)
@@ -797,7 +829,7 @@ def sketch_part(args, parts, name):
             part = kind(kind.config_class.from_pretrained(model, **source_of(args, name)))
         else:
             part = kind.from_config(kind.load_config(model, **source_of(args, name)))
-    return part.requires_grad_(False)
+    return part
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
@@ -1220,6 +1252,25 @@ def make_optimizer(args, accelerator, models):
     return make(groups)
 
 
+def make_schedule(args, optimizer, total):
+    """The learning rate's factor at each of `total` updates."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max(total, args.lr_warmup_steps + 1),  # polynomial divides by the difference
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+def check_optimizer(args, accelerator):
+    """Makes the optimizer and its schedule on a layer, because each refuses flags of its own."""
+    with or_refuse("these flags of the optimizer and its schedule do not fit together"):
+        optimizer = make_optimizer(args, accelerator, {"transformer": torch.nn.Linear(1, 1)})
+        make_schedule(args, optimizer, 1)
+
+
 @dataclasses.dataclass
 class Trained:
     """What is trained and always travels together."""
@@ -1241,11 +1292,12 @@ MUST_MATCH = (
     " full_bf16 rank lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
 ).split()
 MAY_DIFFER = (  # without a word
-    "local_rank cache_dir dataloader_num_workers max_train_steps num_train_epochs output_dir logging_dir report_to"
+    "local_rank cache_dir dataloader_num_workers output_dir logging_dir report_to"
     " tracker_project_name tracker_run_name checkpointing_steps checkpoints_total_limit resume_from_checkpoint dry_run"
     " push_to_hub hub_model_id hub_private_repo validation_prompt validation_data_dir num_validation_images"
     " validation_epochs validation_num_inference_steps validation_guidance_scale skip_final_inference"
 ).split()
+LENGTH = ("max_train_steps", "num_train_epochs")  # changes the rate, unless that is constant
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")  # of the optimizer's groups: on resume the flags' win
 SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
 
@@ -1384,9 +1436,11 @@ def compare_runs(accelerator, checkpoint, then, now):
     for name in fixed:
         if name in differ:
             refuse(f"{checkpoint} was trained with {name} {then[name]!r}, not {now[name]!r}: give the same")
-    silent = MAY_DIFFER
+    silent = [*MAY_DIFFER]
     if math.prod(then[name] for name in SHARES) == math.prod(now[name] for name in SHARES):
-        silent = [*MAY_DIFFER, *SHARES]  # an update has the same images, however they are shared out
+        silent += SHARES  # an update has the same images, however they are shared out
+    if now["lr_scheduler"].startswith("constant"):
+        silent += LENGTH
     changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in differ if name not in silent]
     if changed:
         log.warning(f"resuming {checkpoint} with changed flags: {', '.join(changed)}")
@@ -1487,7 +1541,7 @@ def add_class_images(args, parts, accelerator, dataset):
         draw_class_images(args, parts, accelerator, free[:lacking])
         training_utils.free_memory()
     images = list_images(args.class_data_dir)[: args.num_class_images]
-    dataset.add_images("class", "--class_data_dir", images, [args.class_prompt] * len(images))
+    dataset.add_images("class", "--class_data_dir", images, [(args.class_prompt,)] * len(images))
 
 
 def draw_class_images(args, parts, accelerator, numbers):
@@ -1853,8 +1907,8 @@ def list_prompts(args, dataset, held_out):
     """All prompts that a run needs, each once; the empty one where captions are dropped or images are drawn."""
     prompts = {args.validation_prompt, args.class_prompt} - {None}
     for images in filter(None, (dataset, held_out)):
-        for kind in images.prompts.values():
-            prompts.update(kind)
+        for choices in images.prompts.values():
+            prompts.update(*choices)
     if args.caption_dropout or args.validation_prompt:
         prompts.add("")
     return sorted(prompts)
@@ -1879,22 +1933,22 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
 
 
 def make_loader(args, accelerator, dataset):
-    """Batches on the device, this process's share; the sampler that orders them; updates per epoch and in all."""
-    sampler = EpochSampler(args, dataset, accelerator.num_processes)
+    """This process's batches, on the device; the list of all, to be filled each epoch; updates an epoch and in all."""
+    batches = Batches(order_epoch(args, dataset, accelerator.num_processes, 0))
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
         worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
-    updates = len(sampler) * args.train_batch_size // sampler.update
+    updates = len(batches) // (accelerator.num_processes * args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * updates
     if args.lr_warmup_steps > total and args.lr_scheduler != "constant":
         log.warning(f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends in the warm-up, after {total} updates")
-    return accelerator.prepare(loader), sampler, updates, total
+    return accelerator.prepare(loader), batches, updates, total
 
 
 def checkpoint_activations(model):
@@ -1912,14 +1966,7 @@ def prepare_models(args, accelerator, models, total):
         for model in models.values():
             checkpoint_activations(model)
     optimizer = make_optimizer(args, accelerator, models)
-    schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=total,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    schedule = make_schedule(args, optimizer, total)
     *wrapped, optimizer, schedule = accelerator.prepare(*models.values(), optimizer, schedule)
     # Leave the weights to save_weights and load_trained, which use the format that users load.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
@@ -2056,7 +2103,7 @@ def draw_sheet(args, dataset):
 def report_dry_run(args, parts, accelerator, targets, dataset):
     """Says what the run would do, before any weights are loaded, and draws its images as the model gets them."""
     table = PromptTable(args, parts, accelerator, frozen_dtype(accelerator))
-    table.report_cut(sorted(set(dataset.prompts["instance"])))
+    table.report_cut(list_prompts(args, dataset, None))
     if args.with_prior_preservation:
         dataset.images["class"] = [None] * args.num_class_images  # missing ones are not drawn
     _, _, updates, total = make_loader(args, accelerator, dataset)
@@ -2070,7 +2117,7 @@ def report_dry_run(args, parts, accelerator, targets, dataset):
         count += sum(parameter.numel() for parameter in trained_parameters(model))
     print(f"updates: {total}, which is {total / updates:.1f} epochs of {updates}")
     print(f"trained: {count:,} parameters of {', '.join(targets)}")
-    print(f"drawn:   {Path(args.output_dir, 'dry_run.png')}, cropped as in the first epoch")
+    print("drawn:   dry_run.png in --output_dir, cropped as in the first epoch")
 
 
 def main(args):
@@ -2079,6 +2126,7 @@ def main(args):
     with contextlib.ExitStack() as cleanup:
         # The run's own folder, the base model, the layers to train, and the checkpoint to resume, if any.
         claim_folder(args, accelerator, cleanup)
+        check_optimizer(args, accelerator)
         parts = read_pipeline(args)
         targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
@@ -2096,7 +2144,7 @@ def main(args):
         start_trackers(args, accelerator, facts)
         if args.with_prior_preservation:
             add_class_images(args, parts, accelerator, dataset)
-        loader, sampler, updates, total = make_loader(args, accelerator, dataset)
+        loader, batches, updates, total = make_loader(args, accelerator, dataset)
 
         # Frozen models encode what training does not change, and are freed one by one. Then what is trained is loaded.
         frozen = encode_once(args, parts, accelerator, targets, dataset, held_out)
@@ -2111,8 +2159,8 @@ def main(args):
         first_epoch = max(state.step - 1, 0) // updates  # step - 1: its epoch's validation may be due
         seen = []
         for epoch in range(first_epoch, math.ceil(total / updates)):
-            sampler.epoch = epoch
-            sampler.start = max(state.step - epoch * updates, 0) * args.gradient_accumulation_steps
+            done = max(state.step - epoch * updates, 0)
+            batches[:] = order_epoch(args, dataset, accelerator.num_processes, epoch, done)
             state.clock = time.perf_counter()
             for batch in loader:
                 if state.step >= total:
