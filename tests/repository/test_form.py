@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from conftest import ROOT, SCRIPTS
 from diffusers import SD3Transformer2DModel
 
-FILES = [*SCRIPTS.values(), *ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")]
+FOLDERS = "demo", "benchmarks", "tests"
+FILES = [*SCRIPTS.values(), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))]
 BLOCKS = (ast.For, ast.While, ast.If, ast.With, ast.Try)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
