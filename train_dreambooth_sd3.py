@@ -1027,6 +1027,7 @@ class Frozen:
 RESULT = {  # what the model card says of it and what is uploaded
     "title": "SD3 DreamBooth",
     "tags": [],
+    "pipeline": "{result!r}",
     "usage": "",
     "files": ["model_index.json", "transformer/*", "vae/*", "scheduler/*", "text_encoder*/*", "tokenizer*/*"],
 }
@@ -1658,10 +1659,11 @@ def describe_flags(args):
 def describe_result(args, parts, repository, state):
     """The model card's text: what was trained, the program that loads it, and the flags."""
     base = public_name(args.pretrained_model_name_or_path)
-    options = {"revision": args.revision, "variant": args.variant}
-    load = "".join(f", {name}={value!r}" for name, value in options.items() if value)
+    given = {"revision": args.revision, "variant": args.variant}
+    options = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+    source = RESULT["pipeline"].format(base=base, options=options, result=repository)
     if "text_encoder_3" not in parts:
-        load += ", text_encoder_3=None, tokenizer_3=None"
+        source += ", text_encoder_3=None, tokenizer_3=None"
     subject = f" Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
     prompt = args.validation_prompt or args.instance_prompt or ""
     return f"""# {RESULT["title"]} - {repository}
@@ -1672,7 +1674,7 @@ DreamBooth weights for {base}, trained for {state.step} updates.{subject}
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}{load}, torch_dtype=torch.bfloat16)
+pipeline = StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
 {RESULT["usage"].format(repository)}
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
