@@ -1709,7 +1709,7 @@ def write_card(args, parts, repository, state, image_paths):
         tags=["text-to-image", "diffusers-training", "diffusers", "sd3", "sd3-diffusers", *RESULT["tags"]],
         base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base is not an id
         instance_prompt=args.instance_prompt,
-        widget=[{"text": args.validation_prompt, "output": {"url": path.name}} for path in image_paths],
+        widget=[{"text": args.validation_prompt, "output": {"url": path.name}} for path in image_paths] or None,
     )
     gallery = "<Gallery />" if image_paths else ""
     text = describe_result(args, parts, repository, state)
