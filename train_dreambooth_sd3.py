@@ -248,14 +248,20 @@ def add_output_flags(parser):
     add("--hub_private_repo", "Make the repository private when it is created.", bool)
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong flag in one line, where argparse would print its usage first."""
+
+    def error(self, message):
+        refuse(message)
+
+
 def build_parser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or METHOD).splitlines()[0],  # `python -OO` takes the docstring away
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ...",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = refuse  # one line, where argparse would print its usage first
     add_input_flags(parser)
     add_training_flags(parser)
     add_output_flags(parser)
@@ -349,7 +355,7 @@ from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
-from diffusers.utils import hub_utils, make_image_grid
+from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
@@ -612,7 +618,7 @@ def order_epoch(args, dataset, processes, epoch, done=0):
 
 def collate(items):
     """A batch of B examples, instance images first, then class images."""
-    examples = [example for kind in zip(*items, strict=True) for example in kind]
+    examples = sum(zip(*items, strict=True), ())
     data = [example["data"] for example in examples]
     return {
         "data": torch.stack(data),  # (B, bands, H, W), or moments (B, 2C, h, w)
@@ -901,7 +907,10 @@ class PromptTable:
         if name in self.trained:
             return self.encode(prompts, self.trained[name], name)
         found = [self.look_up(name, prompt) for prompt in prompts]
-        return {part: torch.cat([each[part] for each in found]) for part in found[0]}
+        parts = {}
+        for part in found[0]:
+            parts[part] = torch.cat([each[part] for each in found])
+        return parts
 
     def __call__(self, prompts):
         """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts.
@@ -1050,6 +1059,7 @@ class Frozen:
 RESULT = {  # what the model card says of it and what is uploaded
     "title": "SD3 DreamBooth",
     "tags": [],
+    "pipeline": "{result!r}",
     "usage": "",
     "files": ["model_index.json", "transformer/*", "vae/*", "scheduler/*", "text_encoder*/*", "tokenizer*/*"],
 }
@@ -1448,8 +1458,9 @@ def compare_runs(accelerator, checkpoint, then, now):
 
 def resume(accelerator, checkpoint, trained, state):
     """Loads what goes with a checkpoint's weights: optimizer, schedule, scaler, average. The flags' settings win."""
-    groups = trained.optimizer.param_groups
-    settings = [{name: group[name] for name in SETTINGS} for group in groups]
+    settings = []
+    for group in trained.optimizer.param_groups:
+        settings.append({name: group[name] for name in SETTINGS})
     with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
         accelerator.load_state(checkpoint)
         if trained.average:
@@ -1676,7 +1687,6 @@ def save_validation(args, accelerator, images, state):
 
 # ---- The result and the Hub -----------------------------------------------------------------------------------------
 
-CARD_MARK = "This model card has been generated automatically"  # in diffusers' template, to be removed by an editor
 LICENCE = "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md"
 
 
@@ -1703,10 +1713,11 @@ def describe_flags(args):
 def describe_result(args, parts, repository, state):
     """The model card's text: what was trained, the program that loads it, and the flags."""
     base = public_name(args.pretrained_model_name_or_path)
-    options = {"revision": args.revision, "variant": args.variant}
-    load = "".join(f", {name}={value!r}" for name, value in options.items() if value)
+    given = {"revision": args.revision, "variant": args.variant}
+    options = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+    source = RESULT["pipeline"].format(base=base, options=options, result=repository)
     if "text_encoder_3" not in parts:
-        load += ", text_encoder_3=None, tokenizer_3=None"
+        source += ", text_encoder_3=None, tokenizer_3=None"
     subject = f" Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
     prompt = args.validation_prompt or args.instance_prompt or ""
     return f"""# {RESULT["title"]} - {repository}
@@ -1717,7 +1728,7 @@ DreamBooth weights for {base}, trained for {state.step} updates.{subject}
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}{load}, torch_dtype=torch.bfloat16)
+pipeline = StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
 {RESULT["usage"].format(repository)}
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
@@ -1732,8 +1743,16 @@ The base model's [licence]({LICENCE}) holds for these weights.
 """
 
 
+def sign_card(card):
+    """A model card with a hidden last line, by which a later run sees whether a person has changed it."""
+    return f"{card}\n<!-- The next run replaces this file unless it was changed: {derive_seed(card)} -->\n"
+
+
 def write_card(args, parts, repository, state, image_paths):
-    """Writes the model card, README.md, with the final images as its gallery. Keeps one that a person wrote."""
+    """Writes the model card, README.md, with the final images as its gallery.
+
+    A card that a person wrote or changed gets another name.
+    """
     base = args.pretrained_model_name_or_path
     data = huggingface_hub.ModelCardData(
         license="other",
@@ -1744,19 +1763,17 @@ def write_card(args, parts, repository, state, image_paths):
         tags=["text-to-image", "diffusers-training", "diffusers", "sd3", "sd3-diffusers", *RESULT["tags"]],
         base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base is not an id
         instance_prompt=args.instance_prompt,
-        widget=[{"text": args.validation_prompt, "output": {"url": path.name}} for path in image_paths],
+        widget=[{"text": args.validation_prompt, "output": {"url": path.name}} for path in image_paths] or None,
     )
+    gallery = "<Gallery />" if image_paths else ""
     text = describe_result(args, parts, repository, state)
-    if image_paths:
-        text = f"<Gallery />\n\n{text}"
-    # load_or_create_model_card would ask the Hub, also for a run that uploads nothing, and keep an old card.
-    template = hub_utils.MODEL_CARD_TEMPLATE_PATH
-    card = huggingface_hub.ModelCard.from_template(data, template_path=template, model_description=text)
     path = Path(args.output_dir, "README.md")
-    if path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        kept = path.rename(path.with_suffix(f".{time.time():.0f}.md"))
-        log.warning(f"{path} was written by hand; kept as {kept}")
-    card.save(path)
+    if path.is_file():
+        present = path.read_text(encoding="utf-8", errors="replace")
+        if present != sign_card(present.rpartition("\n<!--")[0]):
+            kept = path.rename(path.with_suffix(f".{time.time():.0f}.md"))
+            log.warning(f"{path} was written or changed by a person; it is now {kept}")
+    path.write_text(sign_card(f"---\n{data.to_yaml()}\n---\n\n{gallery}\n\n{text}"), encoding="utf-8")
 
 
 def open_repository(args, accelerator):
@@ -1973,7 +1990,7 @@ def prepare_models(args, accelerator, models, total):
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     if accelerator.num_processes > 1:  # from here on no step takes long: notice a hanging process sooner
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=20))
-    parameters = [parameter for model in wrapped for parameter in trained_parameters(model)]
+    parameters = sum(map(trained_parameters, wrapped), [])
     average = None
     if args.use_ema:
         copies = [parameter.float() for parameter in parameters]
