@@ -73,10 +73,15 @@ def refuse(message):
 
 @contextlib.contextmanager
 def or_refuse(what):
-    """Turns any exception into a one-line error: damaged files and unreachable servers can raise anything."""
+    """Turns any exception into a one-line error: damaged files and unreachable servers can raise anything.
+
+    With SHOW_TRACEBACKS in the environment it stays as it is, for whoever changes the code.
+    """
     try:
         yield
     except Exception as error:
+        if "SHOW_TRACEBACKS" in os.environ:
+            raise
         refuse(f"{what} ({type(error).__name__}: {error})")
 
 
@@ -357,6 +362,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds: --he
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about a missing torchvision, which is not needed
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # the libraries' progress bars: one process is enough
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a CPU kernel that is not needed
 
 import huggingface_hub
 import numpy as np
@@ -373,6 +379,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
 with contextlib.suppress(ImportError):  # if it is there, Pillow reads the photos of iPhones
@@ -777,6 +784,11 @@ def device_of(accelerator):
     return accelerator.device
 
 
+def is_split(accelerator):
+    """Whether FSDP2 splits what is trained over the processes."""
+    return accelerator.distributed_type.value == "FSDP"
+
+
 def on_device(accelerator, dtype):
     """from_pretrained arguments that load weights straight onto the device."""
     return {"torch_dtype": dtype, "device_map": {"": str(device_of(accelerator))}}
@@ -850,6 +862,18 @@ def sketch_part(args, parts, name):
         else:
             part = kind.from_config(kind.load_config(model, **source_of(args, name)))
     return part
+
+
+def load_to_train(args, parts, accelerator, name, dtype, checkpoint=None, **options):
+    """A model to be trained, on the device.
+
+    Under FSDP2 it is on the CPU, and only the main process reads the weights: hand_out sends them to the others.
+    """
+    if not is_split(accelerator):
+        return load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype), **options)
+    if accelerator.is_main_process:
+        return load_part(args, parts, name, checkpoint, torch_dtype=dtype)
+    return sketch_part(args, parts, name).to(dtype).to_empty(device="cpu")
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
@@ -1214,11 +1238,11 @@ def load_trained(args, parts, accelerator, targets, checkpoint):
     source = checkpoint or args.init_lora
     trained = {}
     for name, layers in targets.items():
-        options = on_device(accelerator, dtype)
+        options = {}
         if name == "transformer":
             # prepare_model_for_kbit_training would cast norms to float32, which autocast undoes.
             options["quantization_config"] = read_quantization(args, dtype)
-        model = load_part(args, parts, name, **options)
+        model = load_to_train(args, parts, accelerator, name, dtype, **options)
         make_trainable(args, model, layers)
         if source:
             set_peft_model_state_dict(model, read_adapters(args, source, name, model))
@@ -1410,13 +1434,26 @@ def describe_run(args, accelerator, dataset):
     return facts
 
 
+def list_states(accelerator, trained):
+    """What this process adds to a checkpoint beside the weights, by file: all of it, or its part under FSDP2."""
+    part = f"_{accelerator.process_index}" if is_split(accelerator) else ""
+    states = {f"optimizer{part}.bin": trained.optimizer, f"scheduler{part}.bin": trained.schedule}
+    if accelerator.scaler:
+        states[f"scaler{part}.pt"] = accelerator.scaler
+    return states
+
+
 def save_checkpoint(args, accelerator, trained, state):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
     folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        accelerator.save_state(partial)
-        save_weights(args, accelerator, trained.models, partial)
+        # Under FSDP2 accelerator.save_state would write the whole model as well.
+        partial.mkdir(exist_ok=True)
+        if accelerator.is_main_process or is_split(accelerator):
+            for file, part in list_states(accelerator, trained).items():
+                torch.save(part.state_dict(), partial / file)
+        save_weights(args, accelerator, trained.models, partial)  # ends when all processes have come so far
         if accelerator.is_main_process:
             complete_checkpoint(args, trained.average, state, partial)
     except BaseException:
@@ -1431,9 +1468,7 @@ def save_checkpoint(args, accelerator, trained, state):
 
 
 def complete_checkpoint(args, average, state, folder):
-    """Adds the averaged weights and the manifest to what accelerate has written, and flushes all of it to the disk."""
-    for path in folder.glob("random_states_*.pkl"):  # nothing depends on them, and reading a pickle can run code
-        path.unlink()
+    """Adds the averaged weights and the manifest to what is written, and flushes all of it to the disk."""
     if average:
         tensors = {str(number): weight.contiguous() for number, weight in enumerate(average.shadow_params)}
         tensors["step"] = torch.tensor(average.optimization_step)
@@ -1513,7 +1548,7 @@ def compare_runs(accelerator, checkpoint, then, now):
     """Stops if the checkpoint's model or optimizer settings differ; warns about other changes, which take effect."""
     differ = [name for name in then if name in now and then[name] != now[name]]
     fixed = MUST_MATCH
-    if accelerator.distributed_type.value == "FSDP":
+    if is_split(accelerator):
         fixed = [*MUST_MATCH, "processes"]
     for name in fixed:
         if name in differ:
@@ -1534,14 +1569,16 @@ def resume(accelerator, checkpoint, trained, state):
     for group in trained.optimizer.param_groups:
         settings.append({name: group[name] for name in SETTINGS})
     with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
-        accelerator.load_state(checkpoint)
+        for file, part in list_states(accelerator, trained).items():
+            saved = torch.load(Path(checkpoint, file), map_location=accelerator.device, weights_only=True)
+            part.load_state_dict(saved)
         if trained.average:
             weights = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
             trained.average.optimization_step = weights.pop("step").item()
             trained.average.shadow_params = [weights[str(number)] for number in range(len(weights))]
     schedule = trained.schedule.scheduler  # torch's LambdaLR, inside accelerate's wrapper
     schedule.base_lrs = [own["initial_lr"] for own in settings]
-    groups = trained.optimizer.param_groups  # load_state has made new ones
+    groups = trained.optimizer.param_groups  # loading has made new ones
     for group, own, factor in zip(groups, settings, schedule.lr_lambdas, strict=True):
         group.update(own)
         group["lr"] = own["initial_lr"] * factor(schedule.last_epoch)
@@ -1571,11 +1608,11 @@ def evaluation(trained):
 
 
 @contextlib.contextmanager
-def attempt(failed, what):
+def attempt(failed, what, kind=Exception):
     """Logs an exception and records `what` in `failed` instead of raising. No collective may be called inside."""
     try:
         yield
-    except Exception as error:  # drawing, a tracker and the Hub can raise anything
+    except kind as error:  # drawing, a tracker and the Hub can raise anything
         failed.append(what)
         reason = " ".join(str(error).split())
         log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
@@ -1689,8 +1726,9 @@ def measure_held_out(args, transformer, frozen, index):
 def validate(args, accelerator, trained, frozen, state):
     """Logs the held-out loss and draws the validation images, as far as flags ask. Returns the images' paths.
 
-    Each process tries its share by itself, and then all agree: one that fails alone leaves nobody waiting (except
-    under FSDP2, where a forward pass needs all). What fails is logged; at the end it is a failure of the run.
+    Each process tries its share by itself, and then all agree: one that fails alone leaves nobody waiting. What fails
+    is logged; at the end it is a failure of the run. Under FSDP2 a forward pass needs all processes: one that cannot
+    do its part, because memory runs out, ends, and the launcher then ends the others.
     """
     transformer = accelerator.unwrap_model(trained.models["transformer"], keep_torch_compile=False)
     what = "drawing the final images" if state.finished else f"validation at update {state.step}"
@@ -1698,15 +1736,16 @@ def validate(args, accelerator, trained, frozen, state):
     wanted = args.num_validation_images if args.validation_prompt else 0
     if state.finished and args.skip_final_inference:
         wanted = 0
+    kind = ValueError if is_split(accelerator) else Exception  # draw_images raises it after the passes
     failed = []
     losses = {}
     images = {}
     with accelerator.autocast(), on_loan(frozen.vae, accelerator.device):
         for index in share(accelerator, held_out):
-            with attempt(failed, what):
+            with attempt(failed, what, kind):
                 losses[index] = measure_held_out(args, transformer, frozen, index)
         for number in share(accelerator, wanted):
-            with attempt(failed, what):
+            with attempt(failed, what, kind):
                 images[number] = draw_validation_image(args, transformer, frozen, number)
             if read_signal(accelerator, state.caught):
                 break
@@ -1918,15 +1957,25 @@ def start_accelerator(args):
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         refuse("--mixed_precision fp16 needs a GPU: on a CPU take bf16 or no")
-    if accelerator.distributed_type.value == "FSDP":
+    if is_split(accelerator):
         check_fsdp(args, accelerator.state.fsdp_plugin)
     return accelerator
 
 
+WITHOUT_FSDP = (  # it splits one model, in float32, after it is loaded
+    "use_ema train_text_encoder use_8bit_adam bnb_quantization_config_path full_bf16 fused_backward_pass"
+).split()
+
+
 def check_fsdp(args, plugin):
-    """Refuses what FSDP2 cannot do, and has it leave the timesteps in float32."""
-    if args.use_ema or args.train_text_encoder:
-        refuse("--use_ema, --train_text_encoder: FSDP2 trains one model, in parts: leave them out, or use DDP")
+    """Refuses what FSDP2 cannot do, and has it leave the timesteps in float32 and the frozen encoders whole."""
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        refuse("FSDP is supported in its second version alone: set fsdp_version to 2, with accelerate 1.6 or later")
+    for name in WITHOUT_FSDP:
+        if vars(args).get(name):
+            refuse(f"--{name} does not work under FSDP2: leave it out, or choose DDP in `accelerate config`")
+    utils.disable_fsdp_ram_efficient_loading()  # transformers would read the encoders on one process alone
+    plugin.cpu_ram_efficient_loading = False
     policy = plugin.mixed_precision_policy
     if policy:  # bfloat16 can tell only 353 of the 1000 timesteps apart
         plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False)
@@ -1942,6 +1991,8 @@ def claim_folder(args, accelerator, cleanup):
         lock.acquire(timeout=0)
     except Timeout:
         refuse(f"--output_dir {args.output_dir!r} is in use by another run: give another folder")
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        log.warning(f"{folder} cannot be locked, so see to it that no other run writes to it ({error})")
     cleanup.callback(lock.release)
     for left in (folder / ENCODED, *folder.glob(".checkpoint-*.partial")):
         shutil.rmtree(left, ignore_errors=True)
@@ -2049,6 +2100,16 @@ def checkpoint_activations(model):
             return
 
 
+def hand_out(accelerator, model, weights):
+    """Gives each process its part of the weights, which the main process alone has read. A collective."""
+    for part, weight in zip(model.state_dict().values(), weights.values(), strict=True):
+        weight = weight.to(accelerator.device)
+        torch.distributed.broadcast(weight, 0)
+        if isinstance(part, DTensor):  # else a buffer, which each process has as a whole
+            weight = distribute_tensor(weight, part.device_mesh, part.placements)
+        part.copy_(weight)
+
+
 def prepare_models(args, accelerator, models, total):
     """The models as accelerate runs them, their trained parameters, the optimizer, its schedule and the average."""
     if args.gradient_checkpointing:
@@ -2056,10 +2117,10 @@ def prepare_models(args, accelerator, models, total):
             checkpoint_activations(model)
     optimizer = make_optimizer(args, accelerator, models)
     schedule = make_schedule(args, optimizer, total)
+    weights = models["transformer"].state_dict()
     *wrapped, optimizer, schedule = accelerator.prepare(*models.values(), optimizer, schedule)
-    # Leave the weights to save_weights and load_trained, which use the format that users load.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    if is_split(accelerator):
+        hand_out(accelerator, wrapped[0], weights)
     if accelerator.num_processes > 1:  # from here on no step takes long: notice a hanging process sooner
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=20))
     parameters = sum(map(trained_parameters, wrapped), [])

@@ -35,6 +35,7 @@ ALONE = (
     "adapter_scale",
     "read_adapters",
     "SingleUpdates",
+    "copy_part",
 )
 
 
