@@ -109,6 +109,11 @@ NORM = in_range(float, 1e-30, math.inf)
 FRACTION = in_range(float, 0.0, 1.0)
 
 
+def split_names(text):
+    """Names in a comma-separated list, without spaces and empty ones."""
+    return text.replace(" ", "").strip(",").split(",")
+
+
 def add_group(parser, title):
     """A function that adds a flag to a new group: its name, its help, its type (bool: a switch) and its default."""
     group = parser.add_argument_group(title)
@@ -300,19 +305,19 @@ def check_class_flags(args):
 
 def check_packages(args):
     """Refuses trackers that are unknown, and what needs a package that is not installed."""
-    args.report_to = args.report_to.replace(" ", "").strip(",")
-    if args.hub_token and args.report_to not in ("tensorboard", "none"):  # most record the command line
+    trackers = split_names(args.report_to)
+    if args.hub_token and set(trackers) - {"tensorboard", "none"}:  # most record the command line
         refuse(f"--hub_token would be readable in {args.report_to}: leave it out and run `hf auth login` instead")
-    packages = [] if args.report_to in ("none", "all") else args.report_to.split(",")
+    packages = [] if trackers in (["none"], ["all"]) else trackers
     for name in packages:
         if name not in TRACKERS:
             refuse(f"--report_to {name!r} is unknown: choose from {', '.join(TRACKERS)}, or all or none alone")
-    if args.dataset_name:
-        packages.append("datasets")
-    if args.optimizer == "prodigy":
-        packages.append("prodigyopt")
-    if args.use_8bit_adam:
-        packages.append("bitsandbytes")
+    needed = {
+        "datasets": args.dataset_name,
+        "prodigyopt": args.optimizer == "prodigy",
+        "bitsandbytes": args.use_8bit_adam,
+    }
+    packages += [package for package, wanted in needed.items() if wanted]
     for package in packages:
         if importlib.util.find_spec(package) is None:
             refuse(f"these flags need the {package} package: pip install {package}")
@@ -1044,7 +1049,9 @@ class Frozen:
 
 # ---- What is trained ------------------------------------------------------------------------------------------------
 
-LORA_LAYERS = [f"attn.{n}" for n in "add_k_proj add_q_proj add_v_proj to_add_out to_k to_out.0 to_q to_v".split()]
+LORA_LAYERS = (
+    "attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out,attn.to_k,attn.to_out.0,attn.to_q,attn.to_v"
+)
 WEIGHTS = "pytorch_lora_weights.safetensors"
 RESULT = {  # what the model card says of it and what is uploaded
     "title": "SD3 DreamBooth LoRA",
@@ -1055,36 +1062,38 @@ RESULT = {  # what the model card says of it and what is uploaded
 
 
 def choose_blocks(args, count):
-    """Numbers of the blocks, of `count`, that --lora_blocks names, such as 0,3 or 12-24; all without the flag."""
+    """Numbers of the blocks, below `count`, that --lora_blocks names, such as 0,3 or 12-24; all without the flag."""
+    blocks = range(count)
     numbers = []
-    for name in (args.lora_blocks or f"0-{count - 1}").replace(" ", "").strip(",").split(","):
-        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", name)
-        first = int(ends[1]) if ends else count
-        last = int(ends[2] or first) if ends else count
-        if not first <= last < count:
-            refuse(f"--lora_blocks: {name!r} is not a block; the transformer has blocks 0 to {count - 1}")
-        numbers += range(first, last + 1)
+    for name in split_names(args.lora_blocks or f"0-{count - 1}"):
+        first, _, last = name.partition("-")
+        with or_refuse(f"--lora_blocks: {name!r} is not a block; the transformer has blocks 0 to {count - 1}"):
+            found = blocks[blocks.index(int(first)) : blocks.index(int(last or first)) + 1]
+            if not found:
+                raise ValueError("it counts down")
+        numbers += found
     return numbers
 
 
 def choose_layers(args, transformer):
     """Names of the linear layers that get an adapter. Refuses a layer or a block that is not there."""
-    numbers = choose_blocks(args, len(transformer.transformer_blocks))
-    blocks = tuple(f"transformer_blocks.{number}." for number in numbers)
     linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    inside = [name for name in linear if name.startswith(blocks)]
+    numbers = choose_blocks(args, len(transformer.transformer_blocks))
+    inside = []
+    for number in numbers:
+        inside += fnmatch.filter(linear, f"transformer_blocks.{number}.*")
     if args.lora_layers == "all-linear":
         return inside
-    layers = LORA_LAYERS
-    if args.lora_layers:
-        layers = args.lora_layers.replace(" ", "").strip(",").split(",")
     chosen = []
-    for layer in layers:
+    for layer in split_names(args.lora_layers or LORA_LAYERS):
         found = fnmatch.filter(inside, f"*.{layer}")
         if args.lora_layers and not found:
             known = sorted({name.split(".", 2)[2] for name in inside})
             refuse(f"--lora_layers: no layer is named {layer!r}; there are {', '.join(known)}, or all-linear alone")
         chosen += found
+    for number in numbers:
+        if args.lora_blocks and not fnmatch.filter(chosen, f"transformer_blocks.{number}.*"):
+            refuse(f"--lora_blocks: block {number} has none of --lora_layers {args.lora_layers}")
     counts = Counter(name.split(".", 2)[2] for name in sorted(chosen))
     log.info(f"adapters: {dict(counts)}")
     return chosen
@@ -1921,7 +1930,7 @@ def start_accelerator(args):
             # A plugin, because the environment's number overrides a plain argument.
             gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
             mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to.split(","),
+            log_with=None if args.report_to == "none" else split_names(args.report_to),
             project_config=utils.ProjectConfiguration(args.output_dir, str(logs)),
             dataloader_config=utils.DataLoaderConfiguration(even_batches=False, non_blocking=True),
             step_scheduler_with_optimizer=False,  # else it would step once per process
@@ -2205,16 +2214,14 @@ def choose_seed(args, manifest):
 
 def draw_sheet(args, dataset):
     """Writes dry_run.png: up to 200 instance images, cropped as in the first epoch."""
-    tiles = []
-    for number in range(min(len(dataset.images["instance"]), 200)):
+    count = min(len(dataset.images["instance"]), 200)
+    sheet = Image.new("RGB", (10 * 192, math.ceil(count / 10) * 192), "white")
+    for number in range(count):
         seed = derive_seed(args.seed, "instance", 0, number)
         pixels = dataset.pixels("instance", number, dataset.size(number), seed)
         picture = Image.fromarray(pixels[:3].permute(1, 2, 0).numpy())
-        tiles.append(ImageOps.pad(picture, (192, 192), color="white"))
-    columns = math.ceil(math.sqrt(len(tiles)))
-    tiles += [Image.new("RGB", (192, 192))] * (-len(tiles) % columns)
-    grid = make_image_grid(tiles, len(tiles) // columns, columns)
-    save_image(grid, Path(args.output_dir, "dry_run.png"))
+        sheet.paste(ImageOps.contain(picture, (190, 190)), (number % 10 * 192, number // 10 * 192))
+    save_image(sheet, Path(args.output_dir, "dry_run.png"))
 
 
 def report_dry_run(args, parts, accelerator, targets, dataset):

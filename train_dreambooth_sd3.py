@@ -107,6 +107,11 @@ NORM = in_range(float, 1e-30, math.inf)
 FRACTION = in_range(float, 0.0, 1.0)
 
 
+def split_names(text):
+    """Names in a comma-separated list, without spaces and empty ones."""
+    return text.replace(" ", "").strip(",").split(",")
+
+
 def add_group(parser, title):
     """A function that adds a flag to a new group: its name, its help, its type (bool: a switch) and its default."""
     group = parser.add_argument_group(title)
@@ -287,19 +292,19 @@ def check_class_flags(args):
 
 def check_packages(args):
     """Refuses trackers that are unknown, and what needs a package that is not installed."""
-    args.report_to = args.report_to.replace(" ", "").strip(",")
-    if args.hub_token and args.report_to not in ("tensorboard", "none"):  # most record the command line
+    trackers = split_names(args.report_to)
+    if args.hub_token and set(trackers) - {"tensorboard", "none"}:  # most record the command line
         refuse(f"--hub_token would be readable in {args.report_to}: leave it out and run `hf auth login` instead")
-    packages = [] if args.report_to in ("none", "all") else args.report_to.split(",")
+    packages = [] if trackers in (["none"], ["all"]) else trackers
     for name in packages:
         if name not in TRACKERS:
             refuse(f"--report_to {name!r} is unknown: choose from {', '.join(TRACKERS)}, or all or none alone")
-    if args.dataset_name:
-        packages.append("datasets")
-    if args.optimizer == "prodigy":
-        packages.append("prodigyopt")
-    if args.use_8bit_adam:
-        packages.append("bitsandbytes")
+    needed = {
+        "datasets": args.dataset_name,
+        "prodigyopt": args.optimizer == "prodigy",
+        "bitsandbytes": args.use_8bit_adam,
+    }
+    packages += [package for package, wanted in needed.items() if wanted]
     for package in packages:
         if importlib.util.find_spec(package) is None:
             refuse(f"these flags need the {package} package: pip install {package}")
@@ -1784,7 +1789,7 @@ def start_accelerator(args):
             # A plugin, because the environment's number overrides a plain argument.
             gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
             mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to.split(","),
+            log_with=None if args.report_to == "none" else split_names(args.report_to),
             project_config=utils.ProjectConfiguration(args.output_dir, str(logs)),
             dataloader_config=utils.DataLoaderConfiguration(even_batches=False, non_blocking=True),
             step_scheduler_with_optimizer=False,  # else it would step once per process
@@ -2068,16 +2073,14 @@ def choose_seed(args, manifest):
 
 def draw_sheet(args, dataset):
     """Writes dry_run.png: up to 200 instance images, cropped as in the first epoch."""
-    tiles = []
-    for number in range(min(len(dataset.images["instance"]), 200)):
+    count = min(len(dataset.images["instance"]), 200)
+    sheet = Image.new("RGB", (10 * 192, math.ceil(count / 10) * 192), "white")
+    for number in range(count):
         seed = derive_seed(args.seed, "instance", 0, number)
         pixels = dataset.pixels("instance", number, dataset.size(number), seed)
         picture = Image.fromarray(pixels[:3].permute(1, 2, 0).numpy())
-        tiles.append(ImageOps.pad(picture, (192, 192), color="white"))
-    columns = math.ceil(math.sqrt(len(tiles)))
-    tiles += [Image.new("RGB", (192, 192))] * (-len(tiles) % columns)
-    grid = make_image_grid(tiles, len(tiles) // columns, columns)
-    save_image(grid, Path(args.output_dir, "dry_run.png"))
+        sheet.paste(ImageOps.contain(picture, (190, 190)), (number % 10 * 192, number // 10 * 192))
+    save_image(sheet, Path(args.output_dir, "dry_run.png"))
 
 
 def report_dry_run(args, parts, accelerator, targets, dataset):
