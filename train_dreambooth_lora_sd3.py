@@ -831,7 +831,7 @@ def load_frozen(args, parts, accelerator, name, dtype):
 
     On the CPU are text encoders with --offload, and what does not fit with a fifth to spare for the activations.
     """
-    size = sum(weight.numel() for weight in sketch_part(args, parts, name).parameters()) * dtype.itemsize
+    size = utils.compute_module_sizes(sketch_part(args, parts, name), dtype=dtype)[""]
     device = device_of(accelerator)
     if args.offload and name in TEXT_ENCODERS or not has_room(device, 1.2 * size):
         return cpu_offload(load_part(args, parts, name, torch_dtype=dtype), device)
@@ -1102,9 +1102,10 @@ def choose_layers(args, transformer):
 def choose_targets(args, parts, accelerator):
     """Layers that get an adapter, by model. All flags about adapters are checked here, before text is encoded."""
     quantized = read_quantization(args)
-    fsdp = accelerator.distributed_type.value == "FSDP"
-    if args.blocks_to_swap and (quantized or fsdp or not args.gradient_checkpointing):
-        refuse("--blocks_to_swap needs --gradient_checkpointing, a base that is not quantised, and no FSDP2")
+    if args.blocks_to_swap:
+        whole = not quantized and accelerator.distributed_type.value != "FSDP"
+        if not (whole and args.gradient_checkpointing and accelerator.device.type == "cuda"):
+            refuse("--blocks_to_swap needs an NVIDIA GPU, --gradient_checkpointing, no quantised base and no FSDP2")
     transformer = sketch_part(args, parts, "transformer")
     targets = {"transformer": choose_layers(args, transformer)}
     if args.init_lora:
@@ -1188,61 +1189,55 @@ def read_adapters(args, source, name, model):
 
 
 class SwappedBlocks:
-    """Keeps frozen weights of blocks in pinned memory. Copies come to the device while a block runs, or just before.
+    """Keeps the frozen weights of blocks in pinned memory; copies of them are on the GPU while a block runs.
 
-    Of the gradient's graph only a checkpointed block that runs again, in the backward pass, keeps its copies alive.
+    A checkpointed block runs twice, and the graph of its second run alone keeps its copies until their gradient is
+    computed. While a block runs, the copies of the next one are on their way, on a stream of their own.
     """
 
     def __init__(self, blocks, device):
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.weights = []  # of each block, by module and name
-        self.coming = {}  # copies on their way, by the block's number
+        self.stream = torch.cuda.Stream(device)
+        self.weights = {}  # by the block's number: a dict by module and name
+        self.coming = {}
         self.last = 0
         for number, block in enumerate(blocks):
-            weights = {}
+            self.weights[number] = {}
             for module in block.modules():
                 for name, weight in list(module.named_parameters(recurse=False)):
                     if not weight.requires_grad:
-                        weights[module, name] = weight.data.pin_memory() if self.stream else weight.data
-                        delattr(module, name)  # then nothing moves, saves or sends it
-            self.weights.append(weights)
-            block.register_forward_pre_hook(functools.partial(self.enter, number))
-            block.register_forward_hook(functools.partial(self.leave, number), always_call=True)
+                        self.weights[number][module, name] = weight.data.pin_memory()
+                        delattr(module, name)  # so that nothing moves, saves or sends it
+            block.register_forward_pre_hook(lambda *_, number=number: self.enter(number))
+            block.register_forward_hook(lambda *_, number=number: self.leave(number), always_call=True)
 
     def fetch(self, number):
-        """Starts to copy the weights of a block, if there is one, once the device has done what it was told so far."""
-        if number in self.coming or not 0 <= number < len(self.weights):
-            return
-        if self.stream:  # the allocator may give out memory that is still in use on the other stream
-            self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            copies = {key: weight.to(self.device, non_blocking=True) for key, weight in self.weights[number].items()}
-        self.coming[number] = copies
+        """Starts to copy a block's weights to the GPU, unless there is no such block."""
+        if number in self.weights.keys() - self.coming.keys():
+            self.stream.wait_stream(torch.cuda.current_stream())  # which may still read the memory that they get
+            with torch.cuda.stream(self.stream):
+                self.coming[number] = utils.send_to_device(self.weights[number], self.device, non_blocking=True)
 
-    def enter(self, number, *inputs):
+    def enter(self, number):
         self.fetch(number)
-        if self.stream:
-            torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         for (module, name), weight in self.coming.pop(number).items():
             setattr(module, name, weight)
-        self.fetch(number + 1 if number > self.last else number - 1)  # the backward pass comes from the other end
+        self.fetch(number + 1 if number > self.last else number - 1)  # the backward pass runs them the other way
         self.last = number
 
-    def leave(self, number, *results):
+    def leave(self, number):
         for module, name in self.weights[number]:
             delattr(module, name)
 
 
 def cut_positions(args, transformer):
-    """Keeps the middle of the table of positions, as far as the run's sizes reach: it can be 0.4 GiB."""
+    """Keeps of the table of positions the middle that the run's sizes use: the whole can take 0.4 GiB."""
     embed = transformer.pos_embed
     side = max(args.resolution, *map(max, list_buckets(args))) // 16
-    spare = (embed.pos_embed_max_size - side) // 2
-    table = embed.pos_embed.unflatten(1, (embed.pos_embed_max_size, -1))  # (1, rows, columns, D)
-    embed.pos_embed_max_size -= 2 * spare
-    middle = slice(spare, spare + embed.pos_embed_max_size)
-    embed.pos_embed = table[:, middle, middle].flatten(1, 2)
+    side += (embed.pos_embed_max_size - side) % 2  # else the middle would move
+    embed.pos_embed = embed.cropped_pos_embed(side * embed.patch_size, side * embed.patch_size)
+    embed.pos_embed_max_size = side
 
 
 def load_trained(args, parts, accelerator, targets, checkpoint):
@@ -1265,10 +1260,8 @@ def load_trained(args, parts, accelerator, targets, checkpoint):
             training_utils.cast_training_params(model, torch.float32)
         if name == "transformer":
             cut_positions(args, model)
-            blocks = model.transformer_blocks
-            count = min(args.blocks_to_swap, len(blocks))
-            spread = [blocks[number * len(blocks) // count] for number in range(count)]
-            SwappedBlocks(spread, device_of(accelerator))
+            if args.blocks_to_swap:
+                SwappedBlocks(model.transformer_blocks[: args.blocks_to_swap], accelerator.device)
         trained[name] = model.train()
     return trained
 
@@ -1635,9 +1628,8 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
     device = latents.device
-    room = has_room(device, DECODING * args.resolution**2)
-    leaves = (args.offload or not room) and transformer.device == device
-    away = training_utils.offload_models(transformer, device="cpu", offload=leaves)
+    leaves = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=leaves and transformer.device == device)
     with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")

@@ -816,7 +816,7 @@ def load_frozen(args, parts, accelerator, name, dtype):
 
     On the CPU are text encoders with --offload, and what does not fit with a fifth to spare for the activations.
     """
-    size = sum(weight.numel() for weight in sketch_part(args, parts, name).parameters()) * dtype.itemsize
+    size = utils.compute_module_sizes(sketch_part(args, parts, name), dtype=dtype)[""]
     device = device_of(accelerator)
     if args.offload and name in TEXT_ENCODERS or not has_room(device, 1.2 * size):
         return cpu_offload(load_part(args, parts, name, torch_dtype=dtype), device)
@@ -1494,9 +1494,8 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
     device = latents.device
-    room = has_room(device, DECODING * args.resolution**2)
-    leaves = (args.offload or not room) and transformer.device == device
-    away = training_utils.offload_models(transformer, device="cpu", offload=leaves)
+    leaves = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=leaves and transformer.device == device)
     with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")

@@ -144,7 +144,7 @@ def test_runs(kind, script, script_path, run, argv, device, captioned, tmp_path,
             flags |= {"class_data_dir": tmp_path / f"{place}-class"} if "class_prompt" in flags else {}
             flags |= {"resume_from_checkpoint": "latest"} if length > runs[0] else {}
             if place == "cpu":
-                run(script, **flags)
+                run(script, **flags | {"blocks_to_swap": None})  # it needs a card
             else:
                 error, waits = device.run(script_path, argv(**flags), free)
                 assert not error, error
