@@ -186,6 +186,7 @@ def add_method_flags(parser):
     add("--lora_blocks", "Blocks that get adapters, such as 0,3 or 12-24; unset: all.")
     add("--upcast_before_saving", "Save the final adapters in float32.", bool)
     add("--bnb_quantization_config_path", "JSON of a BitsAndBytesConfig: 8- or 4-bit base, GPU.")
+    add("--blocks_to_swap", "Blocks whose weights wait in RAM; needs --gradient_checkpointing.", in_range(int, 0), 0)
     add("--init_lora", "Adapters to start from, file or folder, of the same layers and rank.")
     preservation = "Weight of a loss that keeps predictions for --class_prompt close to the base model's."
     add("--output_preservation_weight", preservation, AMOUNT, 0.0)
@@ -588,7 +589,7 @@ class DreamBoothDataset:
             if dropped and kind == "instance":
                 prompt = ""
             if self.moments:
-                data = self.moments[kind, number, size]["moments"]
+                data = self.moments[kind, number, size]["moments"][0]
             else:
                 data = self.pixels(kind, number, size, seed)
             examples.append({"data": data, "prompt": prompt, "seed": seed})
@@ -660,13 +661,16 @@ class TensorFolder:
     def __getitem__(self, key):
         return load_file(self.path(key))
 
-    def fill(self, accelerator, keys, make, title):
-        """Stores what `make` gives for each key; the processes share the work."""
+    def fill(self, accelerator, keys, make, title, batch=1):
+        """Stores what `make` gives for each key, asked for `batch` keys at once; the processes share the work."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = keys[accelerator.process_index :: accelerator.num_processes]
-        for key in tqdm(mine, desc=title, disable=not accelerator.is_main_process):
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in make(key).items()}
-            save_file(tensors, self.path(key))
+        for first in tqdm(range(0, len(mine), batch), desc=title, disable=not accelerator.is_main_process):
+            some = mine[first : first + batch]
+            made = make(some)
+            for number, key in enumerate(some):
+                tensors = {name: tensor[number : number + 1].cpu().contiguous() for name, tensor in made.items()}
+                save_file(tensors, self.path(key))
         accelerator.wait_for_everyone()
 
 
@@ -772,6 +776,14 @@ def read_pipeline(args):
     return parts
 
 
+def has_room(device, size):
+    """Whether a CUDA device has `size` bytes left; other devices always do."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0] >= size
+
+
 def source_of(args, name):
     """from_pretrained arguments that find a part of the base model."""
     return {"subfolder": name, "revision": args.revision, "cache_dir": args.cache_dir}
@@ -870,13 +882,27 @@ def load_to_train(args, parts, accelerator, name, dtype, checkpoint=None, **opti
     Under FSDP2 it is on the CPU, and only the main process reads the weights: hand_out sends them to the others.
     """
     if not is_split(accelerator):
-        return load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype), **options)
+        return load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype) | options)
     if accelerator.is_main_process:
         return load_part(args, parts, name, checkpoint, torch_dtype=dtype)
     return sketch_part(args, parts, name).to(dtype).to_empty(device="cpu")
 
 
+def load_frozen(args, parts, accelerator, name, dtype):
+    """A text encoder or transformer on the device, or on the CPU: its layers then pass through the device as they run.
+
+    On the CPU are text encoders with --offload, and what does not fit with a fifth to spare for the activations.
+    """
+    size = utils.compute_module_sizes(sketch_part(args, parts, name), dtype=dtype)[""]
+    device = device_of(accelerator)
+    if args.offload and name in TEXT_ENCODERS or not has_room(device, 1.2 * size):
+        return cpu_offload(load_part(args, parts, name, torch_dtype=dtype), device)
+    return load_part(args, parts, name, **on_device(accelerator, dtype))
+
+
 # ---- Text -----------------------------------------------------------------------------------------------------------
+
+TEXT_BATCH = 16  # prompts at once: where T5 waits on the CPU, 9.5 GB cross the bus for each batch
 
 
 class PromptTable:
@@ -905,19 +931,12 @@ class PromptTable:
     def fill(self, parts, prompts):
         """Encodes each prompt once with each frozen encoder, one encoder at a time; the processes share the work."""
         for name, table in self.tables.items():
-            encoder = self.load_encoder(parts, name)
+            encoder = load_frozen(self.args, parts, self.accelerator, name, self.dtype)
             encode = functools.partial(self.encode, encoder=encoder, name=name)
             with torch.no_grad():
-                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}")
+                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}", TEXT_BATCH)
             del encoder, encode
             training_utils.free_memory()
-
-    def load_encoder(self, parts, name):
-        """A text encoder on the device; with --offload its weights stay on the CPU and pass through the device."""
-        if self.args.offload:
-            encoder = load_part(self.args, parts, name, torch_dtype=self.dtype)
-            return cpu_offload(encoder, device_of(self.accelerator))
-        return load_part(self.args, parts, name, **on_device(self.accelerator, self.dtype))
 
     def report_cut(self, prompts):
         """Warns of prompts that CLIP or T5 cannot read to the end, ten at most, with the words that are lost."""
@@ -998,9 +1017,10 @@ def encode_moments(vae, pixels):
 def cache_moments(dataset, vae, accelerator, name):
     """Encodes every image of the dataset once, in one crop each."""
 
-    def encode(key):
+    def encode(keys):
+        (key,) = keys
         pixels = dataset.pixels(*key, derive_seed(dataset.args.seed, "cache", *key))
-        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))[0]}
+        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))}
 
     keys = {}  # a dict keeps their order
     for kind, images in dataset.images.items():
@@ -1147,7 +1167,11 @@ def choose_layers(args, transformer):
 
 def choose_targets(args, parts, accelerator):
     """Layers that get an adapter, by model. All flags about adapters are checked here, before text is encoded."""
-    read_quantization(args)
+    quantized = read_quantization(args)
+    if args.blocks_to_swap:
+        whole = not quantized and accelerator.distributed_type.value != "FSDP"
+        if not (whole and args.gradient_checkpointing and accelerator.device.type == "cuda"):
+            refuse("--blocks_to_swap needs an NVIDIA GPU, --gradient_checkpointing, no quantised base and no FSDP2")
     transformer = sketch_part(args, parts, "transformer")
     targets = {"transformer": choose_layers(args, transformer)}
     if args.init_lora:
@@ -1231,6 +1255,58 @@ def read_adapters(args, source, name, model):
     return state
 
 
+class SwappedBlocks:
+    """Keeps the frozen weights of blocks in pinned memory; copies of them are on the GPU while a block runs.
+
+    A checkpointed block runs twice, and the graph of its second run alone keeps its copies until their gradient is
+    computed. While a block runs, the copies of the next one are on their way, on a stream of their own.
+    """
+
+    def __init__(self, blocks, device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.weights = {}  # by the block's number: a dict by module and name
+        self.coming = {}
+        self.last = 0
+        for number, block in enumerate(blocks):
+            self.weights[number] = {}
+            for module in block.modules():
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    if not weight.requires_grad:
+                        self.weights[number][module, name] = weight.data.pin_memory()
+                        delattr(module, name)  # so that nothing moves, saves or sends it
+            block.register_forward_pre_hook(lambda *_, number=number: self.enter(number))
+            block.register_forward_hook(lambda *_, number=number: self.leave(number), always_call=True)
+
+    def fetch(self, number):
+        """Starts to copy a block's weights to the GPU, unless there is no such block."""
+        if number in self.weights.keys() - self.coming.keys():
+            self.stream.wait_stream(torch.cuda.current_stream())  # which may still read the memory that they get
+            with torch.cuda.stream(self.stream):
+                self.coming[number] = utils.send_to_device(self.weights[number], self.device, non_blocking=True)
+
+    def enter(self, number):
+        self.fetch(number)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        for (module, name), weight in self.coming.pop(number).items():
+            setattr(module, name, weight)
+        self.fetch(number + 1 if number > self.last else number - 1)  # the backward pass runs them the other way
+        self.last = number
+
+    def leave(self, number):
+        for module, name in self.weights[number]:
+            delattr(module, name)
+
+
+def cut_positions(args, transformer):
+    """Keeps of the table of positions the middle that the run's sizes use: the whole can take 0.4 GiB."""
+    embed = transformer.pos_embed
+    side = max(args.resolution, *map(max, list_buckets(args))) // 16
+    side += (embed.pos_embed_max_size - side) % 2  # else the middle would move
+    embed.pos_embed = embed.cropped_pos_embed(side * embed.patch_size, side * embed.patch_size)
+    embed.pos_embed_max_size = side
+
+
 def load_trained(args, parts, accelerator, targets, checkpoint):
     """The models of `targets` in the frozen dtype, with float32 adapters on their layers: new, or read from a file."""
     torch.manual_seed(args.seed)
@@ -1242,11 +1318,17 @@ def load_trained(args, parts, accelerator, targets, checkpoint):
         if name == "transformer":
             # prepare_model_for_kbit_training would cast norms to float32, which autocast undoes.
             options["quantization_config"] = read_quantization(args, dtype)
+            if args.blocks_to_swap:
+                options["device_map"] = {"": "cpu"}
         model = load_to_train(args, parts, accelerator, name, dtype, **options)
         make_trainable(args, model, layers)
         if source:
             set_peft_model_state_dict(model, read_adapters(args, source, name, model))
             training_utils.cast_training_params(model, torch.float32)
+        if name == "transformer":
+            cut_positions(args, model)
+            if args.blocks_to_swap:
+                SwappedBlocks(model.transformer_blocks[: args.blocks_to_swap], accelerator.device)
         trained[name] = model.train()
     return trained
 
@@ -1618,6 +1700,9 @@ def attempt(failed, what, kind=Exception):
         log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
 
 
+DECODING = 3072  # bytes that the VAE needs for a pixel
+
+
 def draw_images(args, transformer, frozen, prompt, seeds, **options):
     """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
@@ -1645,7 +1730,10 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
-    with torch.autocast(latents.device.type, enabled=False):
+    device = latents.device
+    leaves = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=leaves and transformer.device == device)
+    with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")
 
@@ -1669,7 +1757,7 @@ def draw_class_images(args, parts, accelerator, numbers):
     dtype = DTYPES.get(args.prior_generation_precision, frozen_dtype(accelerator))
     embed = PromptTable(args, parts, accelerator, dtype)
     embed.fill(parts, [args.class_prompt, ""])
-    transformer = load_part(args, parts, "transformer", **on_device(accelerator, dtype))
+    transformer = load_frozen(args, parts, accelerator, "transformer", dtype)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     frozen = Frozen(embed, vae, load_scheduler(args, parts, accelerator))
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
@@ -1740,7 +1828,7 @@ def validate(args, accelerator, trained, frozen, state):
     failed = []
     losses = {}
     images = {}
-    with accelerator.autocast(), on_loan(frozen.vae, accelerator.device):
+    with accelerator.autocast():
         for index in share(accelerator, held_out):
             with attempt(failed, what, kind):
                 losses[index] = measure_held_out(args, transformer, frozen, index)
@@ -1950,6 +2038,8 @@ def start_accelerator(args):
             dataloader_config=utils.DataLoaderConfiguration(even_batches=False, non_blocking=True),
             step_scheduler_with_optimizer=False,  # else it would step once per process
             kwargs_handlers=[
+                # Else the half-precision copy of every float32 weight would stay until the forward pass ends.
+                utils.AutocastKwargs(cache_enabled=False),
                 utils.InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while one process encodes
                 # The only buffer, a 226 MB table of positions, never changes. Views avoid a copy of the gradients.
                 utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
@@ -2039,8 +2129,10 @@ def ignore_signals(worker):
 
 def read_signal(accelerator, caught):
     """The signal that any process has caught, or 0. A collective: to be called on all of them alike."""
-    number = torch.tensor([max(caught, default=0)], device=accelerator.device)
-    return int(accelerator.gather(number).max())
+    number = max(caught, default=0)
+    if accelerator.num_processes == 1:  # else the host would wait for the device
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def list_prompts(args, dataset, held_out):

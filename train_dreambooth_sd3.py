@@ -574,7 +574,7 @@ class DreamBoothDataset:
             if dropped and kind == "instance":
                 prompt = ""
             if self.moments:
-                data = self.moments[kind, number, size]["moments"]
+                data = self.moments[kind, number, size]["moments"][0]
             else:
                 data = self.pixels(kind, number, size, seed)
             examples.append({"data": data, "prompt": prompt, "seed": seed})
@@ -646,13 +646,16 @@ class TensorFolder:
     def __getitem__(self, key):
         return load_file(self.path(key))
 
-    def fill(self, accelerator, keys, make, title):
-        """Stores what `make` gives for each key; the processes share the work."""
+    def fill(self, accelerator, keys, make, title, batch=1):
+        """Stores what `make` gives for each key, asked for `batch` keys at once; the processes share the work."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = keys[accelerator.process_index :: accelerator.num_processes]
-        for key in tqdm(mine, desc=title, disable=not accelerator.is_main_process):
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in make(key).items()}
-            save_file(tensors, self.path(key))
+        for first in tqdm(range(0, len(mine), batch), desc=title, disable=not accelerator.is_main_process):
+            some = mine[first : first + batch]
+            made = make(some)
+            for number, key in enumerate(some):
+                tensors = {name: tensor[number : number + 1].cpu().contiguous() for name, tensor in made.items()}
+                save_file(tensors, self.path(key))
         accelerator.wait_for_everyone()
 
 
@@ -758,6 +761,14 @@ def read_pipeline(args):
     return parts
 
 
+def has_room(device, size):
+    """Whether a CUDA device has `size` bytes left; other devices always do."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0] >= size
+
+
 def source_of(args, name):
     """from_pretrained arguments that find a part of the base model."""
     return {"subfolder": name, "revision": args.revision, "cache_dir": args.cache_dir}
@@ -856,13 +867,27 @@ def load_to_train(args, parts, accelerator, name, dtype, checkpoint=None, **opti
     Under FSDP2 it is on the CPU, and only the main process reads the weights: hand_out sends them to the others.
     """
     if not is_split(accelerator):
-        return load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype), **options)
+        return load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype) | options)
     if accelerator.is_main_process:
         return load_part(args, parts, name, checkpoint, torch_dtype=dtype)
     return sketch_part(args, parts, name).to(dtype).to_empty(device="cpu")
 
 
+def load_frozen(args, parts, accelerator, name, dtype):
+    """A text encoder or transformer on the device, or on the CPU: its layers then pass through the device as they run.
+
+    On the CPU are text encoders with --offload, and what does not fit with a fifth to spare for the activations.
+    """
+    size = utils.compute_module_sizes(sketch_part(args, parts, name), dtype=dtype)[""]
+    device = device_of(accelerator)
+    if args.offload and name in TEXT_ENCODERS or not has_room(device, 1.2 * size):
+        return cpu_offload(load_part(args, parts, name, torch_dtype=dtype), device)
+    return load_part(args, parts, name, **on_device(accelerator, dtype))
+
+
 # ---- Text -----------------------------------------------------------------------------------------------------------
+
+TEXT_BATCH = 16  # prompts at once: where T5 waits on the CPU, 9.5 GB cross the bus for each batch
 
 
 class PromptTable:
@@ -891,19 +916,12 @@ class PromptTable:
     def fill(self, parts, prompts):
         """Encodes each prompt once with each frozen encoder, one encoder at a time; the processes share the work."""
         for name, table in self.tables.items():
-            encoder = self.load_encoder(parts, name)
+            encoder = load_frozen(self.args, parts, self.accelerator, name, self.dtype)
             encode = functools.partial(self.encode, encoder=encoder, name=name)
             with torch.no_grad():
-                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}")
+                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}", TEXT_BATCH)
             del encoder, encode
             training_utils.free_memory()
-
-    def load_encoder(self, parts, name):
-        """A text encoder on the device; with --offload its weights stay on the CPU and pass through the device."""
-        if self.args.offload:
-            encoder = load_part(self.args, parts, name, torch_dtype=self.dtype)
-            return cpu_offload(encoder, device_of(self.accelerator))
-        return load_part(self.args, parts, name, **on_device(self.accelerator, self.dtype))
 
     def report_cut(self, prompts):
         """Warns of prompts that CLIP or T5 cannot read to the end, ten at most, with the words that are lost."""
@@ -984,9 +1002,10 @@ def encode_moments(vae, pixels):
 def cache_moments(dataset, vae, accelerator, name):
     """Encodes every image of the dataset once, in one crop each."""
 
-    def encode(key):
+    def encode(keys):
+        (key,) = keys
         pixels = dataset.pixels(*key, derive_seed(dataset.args.seed, "cache", *key))
-        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))[0]}
+        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))}
 
     keys = {}  # a dict keeps their order
     for kind, images in dataset.images.items():
@@ -1564,6 +1583,9 @@ def attempt(failed, what, kind=Exception):
         log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
 
 
+DECODING = 3072  # bytes that the VAE needs for a pixel
+
+
 def draw_images(args, transformer, frozen, prompt, seeds, **options):
     """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
@@ -1591,7 +1613,10 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
-    with torch.autocast(latents.device.type, enabled=False):
+    device = latents.device
+    leaves = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=leaves and transformer.device == device)
+    with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")
 
@@ -1615,7 +1640,7 @@ def draw_class_images(args, parts, accelerator, numbers):
     dtype = DTYPES.get(args.prior_generation_precision, frozen_dtype(accelerator))
     embed = PromptTable(args, parts, accelerator, dtype)
     embed.fill(parts, [args.class_prompt, ""])
-    transformer = load_part(args, parts, "transformer", **on_device(accelerator, dtype))
+    transformer = load_frozen(args, parts, accelerator, "transformer", dtype)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     frozen = Frozen(embed, vae, load_scheduler(args, parts, accelerator))
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
@@ -1686,7 +1711,7 @@ def validate(args, accelerator, trained, frozen, state):
     failed = []
     losses = {}
     images = {}
-    with accelerator.autocast(), on_loan(frozen.vae, accelerator.device):
+    with accelerator.autocast():
         for index in share(accelerator, held_out):
             with attempt(failed, what, kind):
                 losses[index] = measure_held_out(args, transformer, frozen, index)
@@ -1896,6 +1921,8 @@ def start_accelerator(args):
             dataloader_config=utils.DataLoaderConfiguration(even_batches=False, non_blocking=True),
             step_scheduler_with_optimizer=False,  # else it would step once per process
             kwargs_handlers=[
+                # Else the half-precision copy of every float32 weight would stay until the forward pass ends.
+                utils.AutocastKwargs(cache_enabled=False),
                 utils.InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while one process encodes
                 # The only buffer, a 226 MB table of positions, never changes. Views avoid a copy of the gradients.
                 utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
@@ -1985,8 +2012,10 @@ def ignore_signals(worker):
 
 def read_signal(accelerator, caught):
     """The signal that any process has caught, or 0. A collective: to be called on all of them alike."""
-    number = torch.tensor([max(caught, default=0)], device=accelerator.device)
-    return int(accelerator.gather(number).max())
+    number = max(caught, default=0)
+    if accelerator.num_processes == 1:  # else the host would wait for the device
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def list_prompts(args, dataset, held_out):

@@ -34,6 +34,8 @@ ALONE = (
     "adapter_layers",
     "adapter_scale",
     "read_adapters",
+    "SwappedBlocks",
+    "cut_positions",
     "SingleUpdates",
     "copy_part",
 )
