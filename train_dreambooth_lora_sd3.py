@@ -258,14 +258,20 @@ def add_output_flags(parser):
     add("--hub_private_repo", "Make the repository private when it is created.", bool)
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong flag in one line, where argparse would print its usage first."""
+
+    def error(self, message):
+        refuse(message)
+
+
 def build_parser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0],
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ...",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = refuse  # one line, where argparse would print its usage first
     add_input_flags(parser)
     add_training_flags(parser)
     add_output_flags(parser)
@@ -599,7 +605,7 @@ class EpochSampler:
 
 def collate(items):
     """A batch of B examples, instance images first, then class images."""
-    examples = [example for kind in zip(*items, strict=True) for example in kind]
+    examples = sum(zip(*items, strict=True), ())
     data = [example["data"] for example in examples]
     return {
         "data": torch.stack(data),  # (B, bands, H, W), or moments (B, 2C, h, w)
@@ -775,7 +781,7 @@ def load_part(args, parts, name, checkpoint=None, **options):
             return load_tokenizer_or_scheduler(part_class, model, source_of(args, name))
         if model.endswith(".safetensors"):  # with the names of diffusers or of ComfyUI; the base has its config
             options |= {"config": args.pretrained_model_name_or_path, "config_revision": args.revision}
-            device = options["device_map"][""]
+            device = options.get("device_map", {"": "cpu"})[""]
             return part_class.from_single_file(model, subfolder=name, device=device, **options).requires_grad_(False)
         # Built on the meta device, the transformer is loaded faster and without a second copy.
         modern = utils.compare_versions("diffusers", ">=", "0.40.0")
@@ -895,7 +901,10 @@ class PromptTable:
         if name in self.trained:
             return self.encode(prompts, self.trained[name], name)
         found = [self.look_up(name, prompt) for prompt in prompts]
-        return {part: torch.cat([each[part] for each in found]) for part in found[0]}
+        parts = {}
+        for part in found[0]:
+            parts[part] = torch.cat([each[part] for each in found])
+        return parts
 
     def __call__(self, prompts):
         """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts.
@@ -1048,8 +1057,8 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 RESULT = {  # what the model card says of it and what is uploaded
     "title": "SD3 DreamBooth LoRA",
     "tags": ["lora", "template:sd-lora"],
-    "usage": """from_pretrained({base!r}{load}, torch_dtype=torch.bfloat16)
-pipeline.load_lora_weights({repository!r})""",
+    "pipeline": "{base!r}{options}",
+    "usage": "pipeline.load_lora_weights({!r})",
     "files": [WEIGHTS],
 }
 
@@ -1280,7 +1289,7 @@ def batch_losses(args, accelerator, models, frozen, prompts, drawn):
 
     if not args.output_preservation_weight:
         return losses(prompts)[0]
-    adapters = [layer for model in models.values() for layer in adapter_layers(model)]
+    adapters = sum(map(adapter_layers, models.values()), [])
     kept = [args.class_prompt] * len(prompts)
     for layer in adapters:
         layer.enable_adapters(False)
@@ -1515,8 +1524,9 @@ def compare_runs(accelerator, checkpoint, then, now):
 
 def resume(accelerator, checkpoint, trained, state):
     """Loads what goes with a checkpoint's weights: optimizer, schedule, scaler, average. The flags' settings win."""
-    groups = trained.optimizer.param_groups
-    settings = [{name: group[name] for name in SETTINGS} for group in groups]
+    settings = []
+    for group in trained.optimizer.param_groups:
+        settings.append({name: group[name] for name in SETTINGS})
     with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
         accelerator.load_state(checkpoint)
         if trained.average:
@@ -1757,7 +1767,6 @@ def save_validation(args, accelerator, images, state):
 
 # ---- The result and the Hub -----------------------------------------------------------------------------------------
 
-CARD_MARK = "<!-- The next run replaces this card, unless you take out this line. -->"
 LICENCE = "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md"
 
 
@@ -1794,30 +1803,30 @@ def describe_cost(state):
 def describe_result(args, parts, repository, state):
     """The model card's text: what was trained, the program that loads it, and the flags."""
     base = public_name(args.pretrained_model_name_or_path)
-    options = {"revision": args.revision, "variant": args.variant}
-    load = "".join(f", {name}={value!r}" for name, value in options.items() if value)
-    if "text_encoder_3" not in parts:
-        load += ", text_encoder_3=None, tokenizer_3=None"
+    given = {"revision": args.revision, "variant": args.variant}
+    options = "".join(f", {name}={value!r}" for name, value in given.items() if value)
     own = args.pretrained_transformer_model_name_or_path
     if own:
         call = f"from_pretrained({public_name(own)!r}"
         if own.endswith(".safetensors"):
             call = f"from_single_file({public_name(own)!r}, config={base!r}"
         call += ", subfolder='transformer', torch_dtype=torch.bfloat16)"
-        load += f", transformer=diffusers.SD3Transformer2DModel.{call}"
+        options += f", transformer=diffusers.SD3Transformer2DModel.{call}"
+    source = RESULT["pipeline"].format(base=base, options=options, result=repository)
+    if "text_encoder_3" not in parts:
+        source += ", text_encoder_3=None, tokenizer_3=None"
     subject = f" Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
     prompts = args.validation_prompt or [args.instance_prompt or ""]
     return f"""# {RESULT["title"]} - {repository}
 
 DreamBooth weights for {base}, trained for {state.step} updates.{subject} {describe_cost(state)}.
 
-{CARD_MARK}
-
 ```py
 import diffusers
 import torch
 
-pipeline = diffusers.StableDiffusion3Pipeline.{RESULT["usage"].format(base=base, load=load, repository=repository)}
+pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
+{RESULT["usage"].format(repository)}
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
 pipeline({prompts[0]!r}, **size).images[0].save("image.png")
@@ -1831,8 +1840,16 @@ The base model's [licence]({LICENCE}) holds for these weights.
 """
 
 
+def sign_card(card):
+    """A model card with a hidden last line, by which a later run sees whether a person has changed it."""
+    return f"{card}\n<!-- The next run replaces this file unless it was changed: {derive_seed(card)} -->\n"
+
+
 def write_card(args, parts, repository, state, image_paths):
-    """Writes the model card, README.md, with the final images as its gallery. Keeps one that a person wrote."""
+    """Writes the model card, README.md, with the final images as its gallery.
+
+    A card that a person wrote or changed gets another name.
+    """
     base = args.pretrained_model_name_or_path
     data = huggingface_hub.ModelCardData(
         license="other",
@@ -1848,14 +1865,15 @@ def write_card(args, parts, repository, state, image_paths):
             for number, path in enumerate(image_paths)
         ],
     )
+    gallery = "<Gallery />" if image_paths else ""
     text = describe_result(args, parts, repository, state)
-    if image_paths:
-        text = f"<Gallery />\n\n{text}"
     path = Path(args.output_dir, "README.md")
-    if path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        kept = path.rename(path.with_suffix(f".{time.time():.0f}.md"))
-        log.warning(f"{path} was written by hand; kept as {kept}")
-    huggingface_hub.ModelCard(f"---\n{data}\n---\n\n{text}").save(path)
+    if path.is_file():
+        present = path.read_text(encoding="utf-8", errors="replace")
+        if present != sign_card(present.rpartition("\n<!--")[0]):
+            kept = path.rename(path.with_suffix(f".{time.time():.0f}.md"))
+            log.warning(f"{path} was written or changed by a person; it is now {kept}")
+    path.write_text(sign_card(f"---\n{data.to_yaml()}\n---\n\n{gallery}\n\n{text}"), encoding="utf-8")
 
 
 def open_repository(args, accelerator):
@@ -2077,7 +2095,7 @@ def prepare_models(args, accelerator, models, total):
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     if accelerator.num_processes > 1:  # from here on no step takes long: notice a hanging process sooner
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=20))
-    parameters = [parameter for model in wrapped for parameter in trained_parameters(model)]
+    parameters = sum(map(trained_parameters, wrapped), [])
     average = None
     if args.use_ema:
         copies = [parameter.float() for parameter in parameters]
