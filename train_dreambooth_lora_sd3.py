@@ -132,7 +132,8 @@ def add_group(parser, title):
 def add_input_flags(parser):
     add = add_group(parser, "model")
     add("--pretrained_model_name_or_path", "Hub id or folder of an SD3 model.", required=True)
-    add("--pretrained_transformer_model_name_or_path", "Take the transformer from this folder, id or .safetensors.")
+    own = "Folder of a pipeline, or a .safetensors file, that the transformer is taken from."
+    add("--pretrained_transformer_model_name_or_path", own, os.path.abspath)
     add("--revision", "Hub revision of every part of the model.")
     add("--variant", "Variant of the model's weight files, such as fp16.")
     add("--cache_dir", "Where downloaded models and datasets are kept.")
@@ -734,12 +735,6 @@ def read_pipeline(args):
     return parts
 
 
-def model_of(args, name, checkpoint=None):
-    """Where a part comes from: a folder or Hub id that has it as a subfolder, or a transformer's .safetensors file."""
-    own = args.pretrained_transformer_model_name_or_path if name == "transformer" else None
-    return str(checkpoint or own or args.pretrained_model_name_or_path)
-
-
 def source_of(args, name):
     """from_pretrained arguments that find a part of the base model."""
     return {"subfolder": name, "revision": args.revision, "cache_dir": args.cache_dir}
@@ -770,19 +765,27 @@ def class_of(parts, name):
 
 def load_part(args, parts, name, checkpoint=None, **options):
     """A part of the base pipeline or of a checkpoint, a model frozen. Refuses damaged ones."""
-    model = model_of(args, name, checkpoint)
+    if name == "transformer":
+        checkpoint = checkpoint or args.pretrained_transformer_model_name_or_path
+    model = str(checkpoint or args.pretrained_model_name_or_path)
     what = f"{name} of {model!r} cannot be loaded"
-    if args.variant and model == args.pretrained_model_name_or_path:
+    if args.variant and not checkpoint:
         what += f" in the variant {args.variant!r}"
         options["variant"] = args.variant
     with or_refuse(what):
         part_class = class_of(parts, name)
         if not hasattr(part_class, "parameters"):
             return load_tokenizer_or_scheduler(part_class, model, source_of(args, name))
-        if model.endswith(".safetensors"):  # with the names of diffusers or of ComfyUI; the base has its config
-            options |= {"config": args.pretrained_model_name_or_path, "config_revision": args.revision}
-            device = options.get("device_map", {"": "cpu"})[""]
-            return part_class.from_single_file(model, subfolder=name, device=device, **options).requires_grad_(False)
+        if model.endswith(".safetensors"):  # with the names of diffusers or of ComfyUI
+            part = part_class.from_single_file(
+                model,
+                config=args.pretrained_model_name_or_path,
+                config_revision=args.revision,
+                subfolder=name,
+                device=options.get("device_map", {"": "cpu"})[""],
+                **options,
+            )
+            return part.requires_grad_(False)
         # Built on the meta device, the transformer is loaded faster and without a second copy.
         modern = utils.compare_versions("diffusers", ">=", "0.40.0")
         on_meta = name == "transformer" and modern and not options.get("quantization_config")
@@ -820,7 +823,9 @@ def read_transformer_config(args):
 
 def sketch_part(args, parts, name):
     """A model of the pipeline without its weights, on the meta device: names and sizes of its layers."""
-    model = model_of(args, name)
+    model = args.pretrained_model_name_or_path
+    if name == "transformer":
+        model = args.pretrained_transformer_model_name_or_path or model
     if model.endswith(".safetensors"):
         return load_part(args, parts, name, device_map={"": "meta"})
     with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
@@ -1400,9 +1405,9 @@ def describe_run(args, accelerator, dataset):
     facts = vars(args) | {"method": METHOD, "processes": accelerator.num_processes, "images": dataset.digest}
     del facts["hub_token"]
     facts["validation_prompt"] = " | ".join(args.validation_prompt or ())  # trackers take no lists
-    for name in ("pretrained_model_name_or_path", "pretrained_transformer_model_name_or_path"):
-        if facts[name] and Path(facts[name]).exists():
-            facts[name] = str(Path(facts[name]).resolve())
+    base = Path(args.pretrained_model_name_or_path)
+    if base.is_dir():
+        facts["pretrained_model_name_or_path"] = str(base.resolve())
     return facts
 
 
@@ -1682,10 +1687,10 @@ def measure_held_out(args, transformer, frozen, index):
 
 def log_held_out(accelerator, losses, state):
     """Logs the held-out loss: the mean over the images at each noise level, 8 the most noise, and that of all."""
-    means = np.mean(losses, axis=0).tolist()
+    means = np.mean(losses, axis=0)
     figures = {f"validation_loss_{len(means) - number}": mean for number, mean in enumerate(means)}
-    state.validation_loss = np.mean(means).item()
-    accelerator.log(figures | {"validation_loss": state.validation_loss}, step=state.step)
+    figures["validation_loss"] = state.validation_loss = means.mean()
+    accelerator.log(figures, step=state.step)
 
 
 def validate(args, accelerator, trained, frozen, state):

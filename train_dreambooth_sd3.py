@@ -131,7 +131,8 @@ def add_group(parser, title):
 def add_input_flags(parser):
     add = add_group(parser, "model")
     add("--pretrained_model_name_or_path", "Hub id or folder of an SD3 model.", required=True)
-    add("--pretrained_transformer_model_name_or_path", "Take the transformer from this folder, id or .safetensors.")
+    own = "Folder of a pipeline, or a .safetensors file, that the transformer is taken from."
+    add("--pretrained_transformer_model_name_or_path", own, os.path.abspath)
     add("--revision", "Hub revision of every part of the model.")
     add("--variant", "Variant of the model's weight files, such as fp16.")
     add("--cache_dir", "Where downloaded models and datasets are kept.")
@@ -349,7 +350,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 log = get_logger(__name__)
@@ -721,12 +722,6 @@ def read_pipeline(args):
     return parts
 
 
-def model_of(args, name, checkpoint=None):
-    """Where a part comes from: a folder or Hub id that has it as a subfolder, or a transformer's .safetensors file."""
-    own = args.pretrained_transformer_model_name_or_path if name == "transformer" else None
-    return str(checkpoint or own or args.pretrained_model_name_or_path)
-
-
 def source_of(args, name):
     """from_pretrained arguments that find a part of the base model."""
     return {"subfolder": name, "revision": args.revision, "cache_dir": args.cache_dir}
@@ -757,19 +752,27 @@ def class_of(parts, name):
 
 def load_part(args, parts, name, checkpoint=None, **options):
     """A part of the base pipeline or of a checkpoint, a model frozen. Refuses damaged ones."""
-    model = model_of(args, name, checkpoint)
+    if name == "transformer":
+        checkpoint = checkpoint or args.pretrained_transformer_model_name_or_path
+    model = str(checkpoint or args.pretrained_model_name_or_path)
     what = f"{name} of {model!r} cannot be loaded"
-    if args.variant and model == args.pretrained_model_name_or_path:
+    if args.variant and not checkpoint:
         what += f" in the variant {args.variant!r}"
         options["variant"] = args.variant
     with or_refuse(what):
         part_class = class_of(parts, name)
         if not hasattr(part_class, "parameters"):
             return load_tokenizer_or_scheduler(part_class, model, source_of(args, name))
-        if model.endswith(".safetensors"):  # with the names of diffusers or of ComfyUI; the base has its config
-            options |= {"config": args.pretrained_model_name_or_path, "config_revision": args.revision}
-            device = options.get("device_map", {"": "cpu"})[""]
-            return part_class.from_single_file(model, subfolder=name, device=device, **options).requires_grad_(False)
+        if model.endswith(".safetensors"):  # with the names of diffusers or of ComfyUI
+            part = part_class.from_single_file(
+                model,
+                config=args.pretrained_model_name_or_path,
+                config_revision=args.revision,
+                subfolder=name,
+                device=options.get("device_map", {"": "cpu"})[""],
+                **options,
+            )
+            return part.requires_grad_(False)
         # Built on the meta device, the transformer is loaded faster and without a second copy.
         modern = utils.compare_versions("diffusers", ">=", "0.40.0")
         on_meta = name == "transformer" and modern and not options.get("quantization_config")
@@ -807,7 +810,9 @@ def read_transformer_config(args):
 
 def sketch_part(args, parts, name):
     """A model of the pipeline without its weights, on the meta device: names and sizes of its layers."""
-    model = model_of(args, name)
+    model = args.pretrained_model_name_or_path
+    if name == "transformer":
+        model = args.pretrained_transformer_model_name_or_path or model
     if model.endswith(".safetensors"):
         return load_part(args, parts, name, device_map={"": "meta"})
     with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
@@ -1097,35 +1102,6 @@ def read_state(accelerator, model):
     return {key.replace("_orig_mod.", "").removeprefix("module."): weight for key, weight in state.items()}
 
 
-def describe_adapters(args, config):
-    """Header by which other programs know a LoRA file: Stability's ModelSpec, and the rank as sd-scripts names it.
-
-    `config` is the transformer's.
-    """
-    version = "3-medium"
-    if config.qk_norm:
-        version = "3.5-medium" if config.dual_attention_layers else "3.5-large"
-    prompt = args.instance_prompt or ""
-    return {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"stable-diffusion-v{version}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": f"{RESULT['title']} {prompt}",
-        "modelspec.trigger_phrase": prompt,
-        "ss_network_dim": str(args.rank),
-    }
-
-
-def save_with_header(header, weights, path):
-    """Writes a safetensors file: 8 bytes of length, JSON, tensors. safetensors itself orders each header at random."""
-    data = save(weights)
-    end = 8 + int.from_bytes(data[:8], "little")
-    text = json.dumps({"__metadata__": header} | json.loads(data[8:end])).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
-    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
-
-
 def save_weights(args, accelerator, models, folder, parts=None):
     """Writes each trained model into a folder of its name.
 
@@ -1327,9 +1303,9 @@ def describe_run(args, accelerator, dataset):
     facts = vars(args) | {"method": METHOD, "processes": accelerator.num_processes, "images": dataset.digest}
     del facts["hub_token"]
     facts["validation_prompt"] = " | ".join(args.validation_prompt or ())  # trackers take no lists
-    for name in ("pretrained_model_name_or_path", "pretrained_transformer_model_name_or_path"):
-        if facts[name] and Path(facts[name]).exists():
-            facts[name] = str(Path(facts[name]).resolve())
+    base = Path(args.pretrained_model_name_or_path)
+    if base.is_dir():
+        facts["pretrained_model_name_or_path"] = str(base.resolve())
     return facts
 
 
@@ -1609,10 +1585,10 @@ def measure_held_out(args, transformer, frozen, index):
 
 def log_held_out(accelerator, losses, state):
     """Logs the held-out loss: the mean over the images at each noise level, 8 the most noise, and that of all."""
-    means = np.mean(losses, axis=0).tolist()
+    means = np.mean(losses, axis=0)
     figures = {f"validation_loss_{len(means) - number}": mean for number, mean in enumerate(means)}
-    state.validation_loss = np.mean(means).item()
-    accelerator.log(figures | {"validation_loss": state.validation_loss}, step=state.step)
+    figures["validation_loss"] = state.validation_loss = means.mean()
+    accelerator.log(figures, step=state.step)
 
 
 def validate(args, accelerator, trained, frozen, state):

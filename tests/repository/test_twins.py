@@ -34,6 +34,8 @@ ALONE = (
     "adapter_layers",
     "adapter_scale",
     "read_adapters",
+    "describe_adapters",
+    "save_with_header",
     "SingleUpdates",
 )
 
