@@ -1,4 +1,4 @@
-"""The form of the code that ruff does not measure: tokens, length and nesting, one idea a line, imports, file sizes."""
+"""The form of the code that ruff does not measure: tokens, length, nesting, one idea a line, imports, file sizes."""
 
 import argparse
 import ast
