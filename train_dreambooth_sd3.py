@@ -39,6 +39,7 @@ import logging
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -138,6 +139,8 @@ def add_group(parser, title):
 def add_input_flags(parser):
     add = add_group(parser, "model")
     add("--pretrained_model_name_or_path", "Hub id or folder of an SD3 model.", required=True)
+    own = "Folder of a pipeline, or a .safetensors file, that the transformer is taken from."
+    add("--pretrained_transformer_model_name_or_path", own, os.path.abspath)
     add("--revision", "Hub revision of every part of the model.")
     add("--variant", "Variant of the model's weight files, such as fp16.")
     add("--cache_dir", "Where downloaded models and datasets are kept.")
@@ -229,12 +232,12 @@ def add_training_flags(parser):
 
 def add_output_flags(parser):
     add = add_group(parser, "validation")
-    add("--validation_prompt", "Prompt of the images drawn during training and at the end.")
+    add("--validation_prompt", "Prompts of the images drawn during training and at the end.", nargs="+")
     add("--validation_data_dir", "Held-out images: their loss at fixed noise is logged.")
-    add("--num_validation_images", "Number of images each time.", COUNT, 4)
+    add("--num_validation_images", "Number of images of each prompt, each time.", COUNT, 4)
     add("--validation_epochs", "Draw after the first epoch and then every so many.", STEPS, 50)
-    add("--validation_num_inference_steps", "Denoising steps; unset: the pipeline's.", COUNT)
-    add("--validation_guidance_scale", "Guidance; unset: the pipeline's; Turbo needs 0.", AMOUNT)
+    add("--validation_num_inference_steps", "Denoising steps.", COUNT, 28)
+    add("--validation_guidance_scale", "Guidance; Turbo needs 0.", AMOUNT, 7.0)
     add("--skip_final_inference", "Draw no images at the end.", bool)
 
     add = add_group(parser, "output")
@@ -804,16 +807,27 @@ def class_of(parts, name):
 
 def load_part(args, parts, name, checkpoint=None, **options):
     """A part of the base pipeline or of a checkpoint, a model frozen. Refuses damaged ones."""
+    if name == "transformer":
+        checkpoint = checkpoint or args.pretrained_transformer_model_name_or_path
     model = str(checkpoint or args.pretrained_model_name_or_path)
     what = f"{name} of {model!r} cannot be loaded"
     if args.variant and not checkpoint:
         what += f" in the variant {args.variant!r}"
+        options["variant"] = args.variant
     with or_refuse(what):
         part_class = class_of(parts, name)
         if not hasattr(part_class, "parameters"):
             return load_tokenizer_or_scheduler(part_class, model, source_of(args, name))
-        if not checkpoint:
-            options["variant"] = args.variant
+        if model.endswith(".safetensors"):  # with the names of diffusers or of ComfyUI
+            part = part_class.from_single_file(
+                model,
+                config=args.pretrained_model_name_or_path,
+                config_revision=args.revision,
+                subfolder=name,
+                device=options.get("device_map", {"": "cpu"})[""],
+                **options,
+            )
+            return part.requires_grad_(False)
         # Built on the meta device, the transformer is loaded faster and without a second copy.
         modern = utils.compare_versions("diffusers", ">=", "0.40.0")
         on_meta = name == "transformer" and modern and not options.get("quantization_config")
@@ -852,6 +866,10 @@ def read_transformer_config(args):
 def sketch_part(args, parts, name):
     """A part of the pipeline that is no tokenizer, without weights: its config, names and sizes of its layers."""
     model = args.pretrained_model_name_or_path
+    if name == "transformer":
+        model = args.pretrained_transformer_model_name_or_path or model
+    if model.endswith(".safetensors"):
+        return load_part(args, parts, name, device_map={"": "meta"})
     with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
         kind = class_of(parts, name)
         if name in TEXT_ENCODERS:
@@ -1359,8 +1377,9 @@ FORMAT = 1  # of a checkpoint; bump it when old and new scripts can no longer re
 MANIFEST = "dreambooth.json"
 AVERAGE = "ema.safetensors"
 MUST_MATCH = (
-    "method pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam use_ema"
-    " full_bf16 rank lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
+    "method pretrained_model_name_or_path pretrained_transformer_model_name_or_path revision variant"
+    " train_text_encoder optimizer use_8bit_adam use_ema full_bf16 rank lora_alpha use_rslora use_dora lora_layers"
+    " lora_blocks bnb_quantization_config_path"
 ).split()
 MAY_DIFFER = (  # without a word
     "local_rank cache_dir dataloader_num_workers output_dir logging_dir report_to"
@@ -1385,7 +1404,10 @@ class Progress:
     skipped: list = dataclasses.field(default_factory=list)  # updates that were not finite
     failed: list = dataclasses.field(default_factory=list)  # what went wrong without costing the weights
     seconds: list = dataclasses.field(default_factory=list)  # of each update
+    losses: list = dataclasses.field(default_factory=list)  # of each update
     clock: float = 0.0  # when the present update began
+    memory_gb: float = 0.0  # the most so far
+    validation_loss: float = 0.0  # of the held-out images, the last one
     finished: bool = False
 
 
@@ -1393,6 +1415,7 @@ def describe_run(args, accelerator, dataset):
     """The run's flags without the secret, and what else trackers keep and a resumed run compares."""
     facts = vars(args) | {"method": METHOD, "processes": accelerator.num_processes, "images": dataset.digest}
     del facts["hub_token"]
+    facts["validation_prompt"] = " | ".join(args.validation_prompt or ())  # trackers take no lists
     base = Path(args.pretrained_model_name_or_path)
     if base.is_dir():
         facts["pretrained_model_name_or_path"] = str(base.resolve())
@@ -1682,7 +1705,7 @@ HELD_OUT_LEVELS = 8  # noise levels, spread evenly
 
 
 def measure_held_out(args, transformer, frozen, index):
-    """Mean loss of a held-out image over the noise levels; the noise is the same at every call and in every run."""
+    """Loss of a held-out image at each noise level, from the most noise to the least; the noise is always the same."""
     example = frozen.held_out[0, index, 0][0]
     device = frozen.scheduler.sigmas.device
     moments = example["data"][None].to(device).expand(HELD_OUT_LEVELS, -1, -1, -1)
@@ -1691,7 +1714,15 @@ def measure_held_out(args, transformer, frozen, index):
     u = (torch.arange(HELD_OUT_LEVELS, device=device) + 0.5) / HELD_OUT_LEVELS
     text = frozen.embed([example["prompt"]] * HELD_OUT_LEVELS)
     losses, _ = flow_losses(args, transformer, frozen.scheduler, (latents, noise, u, mask), text)
-    return losses.double().mean().item()
+    return losses.tolist()
+
+
+def log_held_out(accelerator, losses, state):
+    """Logs the held-out loss: the mean over the images at each noise level, 8 the most noise, and that of all."""
+    means = np.mean(losses, axis=0)
+    figures = {f"validation_loss_{len(means) - number}": mean for number, mean in enumerate(means)}
+    figures["validation_loss"] = state.validation_loss = means.mean()
+    accelerator.log(figures, step=state.step)
 
 
 def validate(args, accelerator, trained, frozen, state):
@@ -1704,7 +1735,7 @@ def validate(args, accelerator, trained, frozen, state):
     transformer = accelerator.unwrap_model(trained.models["transformer"], keep_torch_compile=False)
     what = "drawing the final images" if state.finished else f"validation at update {state.step}"
     held_out = len(frozen.held_out or ())
-    wanted = args.num_validation_images if args.validation_prompt else 0
+    wanted = args.num_validation_images * len(args.validation_prompt or ())
     if state.finished and args.skip_final_inference:
         wanted = 0
     kind = ValueError if is_split(accelerator) else Exception  # draw_images raises it after the passes
@@ -1728,8 +1759,7 @@ def validate(args, accelerator, trained, frozen, state):
     if accelerator.is_main_process:
         with attempt(failed, what):
             if len(losses) == held_out > 0:
-                loss = math.fsum(losses.values()) / held_out
-                accelerator.log({"validation_loss": loss}, step=state.step)
+                log_held_out(accelerator, list(losses.values()), state)
             if len(images) == wanted > 0:
                 paths = save_validation(args, accelerator, list(images.values()), state)
     if state.finished and failed:
@@ -1738,32 +1768,39 @@ def validate(args, accelerator, trained, frozen, state):
 
 
 def draw_validation_image(args, transformer, frozen, number):
-    """Validation image i, drawn from seed + i, with the flags' steps and guidance."""
-    options = {}
-    if args.validation_num_inference_steps:
-        options["num_inference_steps"] = args.validation_num_inference_steps
-    if args.validation_guidance_scale is not None:  # 0 is one
-        options["guidance_scale"] = args.validation_guidance_scale
-    (image,) = draw_images(args, transformer, frozen, args.validation_prompt, [args.seed + number], **options)
+    """A validation image; numbers count prompt after prompt, and image i of each prompt is drawn from seed + i."""
+    row, column = divmod(number, args.num_validation_images)
+    (image,) = draw_images(
+        args,
+        transformer,
+        frozen,
+        args.validation_prompt[row],
+        [args.seed + column],
+        num_inference_steps=args.validation_num_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+    )
     return image
 
 
 def save_validation(args, accelerator, images, state):
-    """Writes the images and their grid, and sends them to the trackers. Returns their paths."""
+    """Writes the images and their grid, a row a prompt, and sends them to the trackers. Returns their paths."""
     title = "test" if state.finished else "validation"
     pattern = "image_{}.png" if state.finished else f"validation/step-{state.step:06d}-{{}}.png"
     paths = [Path(args.output_dir, pattern.format(number)) for number in range(len(images))]
     paths[0].parent.mkdir(exist_ok=True)
     for path, image in zip(paths, images, strict=True):
         save_image(image, path)
-    grid = make_image_grid(images, 1, len(images))
+    prompts = args.validation_prompt
+    grid = make_image_grid(images, len(prompts), args.num_validation_images)
     save_image(grid, Path(args.output_dir, pattern.format("grid")))
-    pixels = np.stack([np.asarray(image) for image in images])
+    rows = {}
+    for number, pixels in enumerate(np.split(np.stack(images), len(prompts))):
+        words = re.sub(r"\W+", "_", prompts[number])[:60]  # trackers make it part of a file's name
+        rows[f"{title}_{number}_{words}" if len(prompts) > 1 else title] = pixels
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({title: pixels}, step=state.step, dataformats="NHWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({title: pixels}, step=state.step)
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        if hasattr(tracker, "log_images"):
+            tracker.log_images(rows, step=state.step, **options)
     return paths
 
 
@@ -1788,8 +1825,18 @@ def describe_flags(args):
             continue
         words.append(f"--{name}")
         if value is not True:
-            words.append(shlex.quote(public_name(str(value))))
-    return " ".join(words)
+            values = value if isinstance(value, list) else [value]
+            words += [public_name(str(each)) for each in values]
+    return shlex.join(words)
+
+
+def describe_cost(state):
+    """What the updates took since the run was started or resumed, and the last held-out loss."""
+    updates = len(state.seconds)
+    seconds = sum(state.seconds)
+    each = seconds / max(updates, 1)
+    cost = f"{updates} updates in {seconds:.0f} s ({each:.2f} s each), at most {state.memory_gb:.1f} GB"
+    return f"{cost}; held-out loss {state.validation_loss:.4f}" if state.validation_loss else cost
 
 
 def describe_result(args, parts, repository, state):
@@ -1797,24 +1844,31 @@ def describe_result(args, parts, repository, state):
     base = public_name(args.pretrained_model_name_or_path)
     given = {"revision": args.revision, "variant": args.variant}
     options = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+    own = args.pretrained_transformer_model_name_or_path
+    if own:
+        call = f"from_pretrained({public_name(own)!r}"
+        if own.endswith(".safetensors"):
+            call = f"from_single_file({public_name(own)!r}, config={base!r}"
+        call += ", subfolder='transformer', torch_dtype=torch.bfloat16)"
+        options += f", transformer=diffusers.SD3Transformer2DModel.{call}"
     source = RESULT["pipeline"].format(base=base, options=options, result=repository)
     if "text_encoder_3" not in parts:
         source += ", text_encoder_3=None, tokenizer_3=None"
     subject = f" Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
-    prompt = args.validation_prompt or args.instance_prompt or ""
+    prompts = args.validation_prompt or [args.instance_prompt or ""]
     return f"""# {RESULT["title"]} - {repository}
 
-DreamBooth weights for {base}, trained for {state.step} updates.{subject}
+DreamBooth weights for {base}, trained for {state.step} updates.{subject} {describe_cost(state)}.
 
 ```py
+import diffusers
 import torch
-from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
+pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
 {RESULT["usage"].format(repository)}
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
-pipeline({prompt!r}, **size).images[0].save("image.png")
+pipeline({prompts[0]!r}, **size).images[0].save("image.png")
 ```
 
 ```sh
@@ -1845,7 +1899,11 @@ def write_card(args, parts, repository, state, image_paths):
         tags=["text-to-image", "diffusers-training", "diffusers", "sd3", "sd3-diffusers", *RESULT["tags"]],
         base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base is not an id
         instance_prompt=args.instance_prompt,
-        widget=[{"text": args.validation_prompt, "output": {"url": path.name}} for path in image_paths] or None,
+        widget=[
+            {"text": args.validation_prompt[number // args.num_validation_images], "output": {"url": path.name}}
+            for number, path in enumerate(image_paths)
+        ]
+        or None,
     )
     gallery = "<Gallery />" if image_paths else ""
     text = describe_result(args, parts, repository, state)
@@ -2020,7 +2078,7 @@ def read_signal(accelerator, caught):
 
 def list_prompts(args, dataset, held_out):
     """All prompts that a run needs, each once; the empty one where captions are dropped or images are drawn."""
-    prompts = {args.validation_prompt, args.class_prompt} - {None}
+    prompts = {*(args.validation_prompt or ()), args.class_prompt} - {None}
     for images in filter(None, (dataset, held_out)):
         for choices in images.prompts.values():
             prompts.update(*choices)
@@ -2168,10 +2226,13 @@ def log_update(accelerator, optimizer, figures, state):
         figures["lr" if name == "transformer" else f"lr_{name}"] = group["lr"]
     seconds = time.perf_counter() - state.clock
     state.seconds.append(seconds)
-    memory = peak_memory_gb(accelerator.device)
-    accelerator.log(figures | {"seconds_per_update": seconds, "memory_gb": memory}, step=state.step)
+    state.memory_gb = peak_memory_gb(accelerator.device)
+    state.losses.append(figures["loss"])
+    average = float(np.ma.masked_invalid(state.losses[-100:]).mean())
+    figures |= {"loss_average": average, "seconds_per_update": seconds, "memory_gb": state.memory_gb}
+    accelerator.log(figures, step=state.step)
     state.bar.update()
-    state.bar.set_postfix(loss=figures["loss"], lr=figures["lr"], seconds=seconds, gb=memory)
+    state.bar.set_postfix(loss=figures["loss"], average=average, lr=figures["lr"], seconds=seconds, gb=state.memory_gb)
 
 
 def end_training(accelerator, state):
@@ -2199,11 +2260,7 @@ def report_end(args, accelerator, state, stop):
             print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
         sys.exit(128 + stop if stop else 1)
     log.info(f"The result is in {args.output_dir}")
-    if state.seconds:
-        updates = len(state.seconds)
-        seconds = sum(state.seconds)
-        memory = peak_memory_gb(accelerator.device)
-        log.info(f"{updates} updates in {seconds:.0f} s ({seconds / updates:.2f} s each), at most {memory:.1f} GB")
+    log.info(describe_cost(state))
 
 
 def choose_seed(args, manifest):
