@@ -411,10 +411,7 @@ IMAGE_SUFFIXES = ".jpg .jpeg .jfif .png .webp .avif .heic .heif .bmp .gif .tif .
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as in an imagefolder of the datasets library
 ENCODED = ".encoded"  # folder in output_dir for what is encoded once, while a run lasts
-KEPT_BYTES = 2**30  # of scaled images that stay in memory: decoding a photo can take longer than an update
-LONGEST = (
-    8  # crops that a scaled image is long: of a longer one its crop alone is scaled, or 1 x 5000 pixels take 4 GB
-)
+KEPT_PIXELS = 2**28  # of images that stay in memory, 1 GiB: decoding a photo can take longer than an update
 
 
 def derive_seed(*parts):
@@ -462,35 +459,26 @@ def open_image(source, reach, number, alpha_mask=False):
         raise ValueError(f"the image {name} cannot be read ({error})") from error
 
 
-def cover(rows, columns, size):
-    """Height and width of an image once it is scaled until it just covers `size`, (height, width)."""
-    height, width = size
-    return max(height, rows * width // columns), max(width, columns * height // rows)
+def crop_image(image, size, generator, center, flip):
+    """A crop of `size`, (height, width): uint8 (bands, height, width), its place and mirror drawn.
 
-
-def scale_image(image, size, box=None):
-    """Pixels (H, W, bands) from 0 to 255 of an image, scaled until it just covers `size`, (height, width).
-
-    A very long image is left as it is. With a box, (left, top, right, bottom), this part of it is scaled to `size`.
+    The image is scaled until it just covers `size`, but only inside the crop: all of 1 x 5000 pixels would take 4 GB.
     """
-    if box is None:
-        scaled = cover(image.height, image.width, size)
-        size = (image.height, image.width) if max(scaled) > LONGEST * max(size) else scaled
+    height, width = size
+    rows = max(height, image.height * width // image.width)
+    columns = max(width, image.width * height // image.height)
+    down, right, mirror = torch.rand(3, generator=generator).tolist()
+    if center:
+        top = round((rows - height) / 2)
+        left = round((columns - width) / 2)
+    else:
+        top = int(down * (rows - height + 1))
+        left = int(right * (columns - width + 1))
+    x = image.width / columns
+    y = image.height / rows
+    box = (left * x, top * y, (left + width) * x, (top + height) * y)
     bands = [image.convert("RGB"), *image.split()[3:]]  # apart: PIL would multiply the colours by the alpha
-    return np.dstack([band.resize(size[::-1], Image.Resampling.BILINEAR, box) for band in bands])  # antialiased
-
-
-def crop_image(pixels, size, generator, center, flip):
-    """A crop of `size` of scaled pixels (H, W, bands): uint8 (bands, height, width), its place and mirror drawn."""
-    scaled = np.array(cover(*pixels.shape[:2], size))
-    spare = scaled - size
-    *place, mirror = torch.rand(3, generator=generator).tolist()
-    corner = np.rint(spare / 2) if center else np.floor(place * (spare + 1))
-    top, left, bottom, right = np.concatenate([corner, corner + size]).astype(int)
-    crop = pixels[top:bottom, left:right]
-    if len(pixels) != scaled[0]:  # not scaled yet
-        y, x = pixels.shape[:2] / scaled
-        crop = scale_image(Image.fromarray(pixels), size, (left * x, top * y, right * x, bottom * y))
+    crop = np.dstack([band.resize((width, height), Image.Resampling.BILINEAR, box) for band in bands])  # antialiased
     if flip and mirror < 0.5:
         crop = crop[:, ::-1]
     return torch.from_numpy(crop.copy()).permute(2, 0, 1)
@@ -536,24 +524,22 @@ class DreamBoothDataset:
         self.images = {}  # by kind, "instance" or "class"
         self.prompts = {}
         self.moments = None
-        self.scaled = {}
-        self.kept_bytes = 0
+        self.kept = {}
+        self.room = KEPT_PIXELS
         prompts = [read_caption(number, caption) for number, caption in enumerate(captions)]
         lacking = prompts.count(())
         if lacking and args.instance_prompt is None:
             refuse(f"{flag}: {lacking} of {len(prompts)} images have no caption: give --instance_prompt")
         prompts = [words or (args.instance_prompt,) for words in prompts]
-        self.sizes, checksums, opacities = self.add_images("instance", flag, images, prompts)
+        self.sizes, checksums, alphas = self.add_images("instance", flag, images, prompts)
         self.digest = derive_seed(prompts, checksums)
         sizes = dict(Counter(self.sizes))
         log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {sizes}")
-        if args.alpha_mask and {0, 255}.issuperset(opacities):
-            log.warning(
-                f"{flag}: --alpha_mask: each image is opaque or transparent as a whole; the latter teach nothing"
-            )
+        if args.alpha_mask and {(0, 0), (255, 255)}.issuperset(alphas):
+            log.warning(f"{flag}: --alpha_mask: each image is fully opaque, or transparent and teaches nothing")
 
     def add_images(self, kind, flag, images, prompts):
-        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and mean opacities.
+        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and ranges of alpha.
 
         `prompts` are tuples: of each, one is drawn an epoch.
         """
@@ -563,8 +549,10 @@ class DreamBoothDataset:
         self.prompts[kind] = prompts
 
         def inspect(number):
-            pixels, size = self.load(kind, number)
-            return size, hashlib.sha256(pixels).hexdigest(), pixels[:, :, -1].mean()
+            image = self.load(kind, number)
+            bucket = training_utils.find_nearest_bucket(image.height, image.width, self.buckets)
+            checksum = hashlib.sha256(image.tobytes()).hexdigest()
+            return self.buckets[bucket], checksum, image.split()[-1].getextrema()
 
         with ThreadPoolExecutor() as pool:
             found = [pool.submit(inspect, number) for number in range(len(images))]
@@ -574,17 +562,16 @@ class DreamBoothDataset:
             refuse(f"{flag}: {len(broken)} of {len(images)} images are broken: {'; '.join(broken[:10])}: {remedy}")
         return zip(*[each.result() for each in found], strict=True)
 
-    def load(self, kind, number, size=None):
-        """Scaled pixels (H, W, bands) of an image, which stay in memory while there is room, and its crop's size."""
-        reach = max(map(max, self.buckets))
-        image = open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
-        if size is None:
-            size = self.buckets[training_utils.find_nearest_bucket(image.height, image.width, self.buckets)]
-        pixels = scale_image(image, size)
-        if self.kept_bytes + pixels.nbytes <= KEPT_BYTES:
-            self.kept_bytes += pixels.nbytes
-            self.scaled[kind, number, size] = pixels
-        return pixels, size
+    def load(self, kind, number):
+        """An image, which stays in memory while there is room."""
+        image = self.kept.get((kind, number))
+        if image is None:
+            reach = max(map(max, self.buckets))
+            image = open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
+            self.room -= image.width * image.height
+            if self.room > 0:
+                self.kept[kind, number] = image
+        return image
 
     def __len__(self):
         instances = len(self.images["instance"]) * self.args.repeats
@@ -616,11 +603,9 @@ class DreamBoothDataset:
 
     def pixels(self, kind, number, size, seed):
         """Pixels (bands, height, width) of one image from 0 to 255, in the crop that `seed` draws."""
-        scaled = self.scaled.get((kind, number, size))
-        if scaled is None:
-            scaled, _ = self.load(kind, number, size)
         generator = torch.Generator().manual_seed(derive_seed(seed, "crop"))
-        return crop_image(scaled, size, generator, self.args.center_crop, self.args.random_flip)
+        image = self.load(kind, number)
+        return crop_image(image, size, generator, self.args.center_crop, self.args.random_flip)
 
 
 class Batches(list):
@@ -1060,7 +1045,7 @@ def cache_moments(dataset, vae, accelerator, name):
     moments = TensorFolder(dataset.args, name)
     moments.fill(accelerator, list(keys), encode, "Caching latents")
     dataset.moments = moments
-    dataset.scaled = {}
+    dataset.kept.clear()
 
 
 def draw_latents(args, vae_config, moments, seeds, device):
