@@ -1463,15 +1463,11 @@ def attempt(failed, what):
         log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
 
 
-DECODING = 3072  # bytes that the VAE needs for a pixel
-
-
 def draw_images(args, transformer, frozen, prompt, seeds, **options):
     """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
-    The VAE decodes in float32. Errors: ValueError for latents that are not finite.
+    Errors: ValueError for latents that are not finite.
     """
-    vae = frozen.vae
     count = len(seeds)
     embeds, pooled = frozen.embed([prompt] * count)
     empty_embeds, empty_pooled = frozen.embed([""] * count)
@@ -1492,10 +1488,18 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
     ).images
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
-    latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    return decode_latents(args, transformer, frozen.vae, latents)
+
+
+DECODING = 3072  # bytes that the VAE needs for a pixel
+
+
+def decode_latents(args, transformer, vae, latents):
+    """PIL images of latents (B, C, h, w), in float32. If memory is short, the transformer waits on the CPU."""
     device = latents.device
-    leaves = args.offload or not has_room(device, DECODING * args.resolution**2)
-    away = training_utils.offload_models(transformer, device="cpu", offload=leaves and transformer.device == device)
+    latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    short = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=short and transformer.device == device)
     with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")

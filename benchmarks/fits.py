@@ -22,6 +22,7 @@ import sys
 import tempfile
 import types
 import weakref
+from unittest import mock
 from importlib import import_module
 from pathlib import Path
 
@@ -222,13 +223,21 @@ def fake_run(size, px, batch, way, checkpointing):
 
 def swap_blocks(kind, model, count):
     """The script's blocks in RAM; there is one kind of fake tensors, so that what comes to the card is a clone."""
-
-    class Swapped(kind):
-        def fetch(self, number):
-            if number not in self.coming and 0 <= number < len(self.weights):
-                self.coming[number] = {key: weight.clone() for key, weight in self.weights[number].items()}
-
-    Swapped(model.transformer_blocks[:count], torch.device("cpu"))
+    nothing = types.SimpleNamespace(wait_event=lambda event: None, wait_stream=lambda stream: None)
+    nothing.record_event = lambda: None
+    patches = [
+        mock.patch("torch.cuda.Stream", lambda device: nothing),
+        mock.patch("torch.cuda.current_stream", lambda: nothing),
+        mock.patch("torch.cuda.stream", contextlib.nullcontext),
+        mock.patch("torch.Tensor.pin_memory", lambda weight: weight),
+        mock.patch(
+            "accelerate.utils.send_to_device", lambda weights, *_, **__: {k: w.clone() for k, w in weights.items()}
+        ),
+    ]
+    for patch in patches:
+        patch.start()
+    kind(model.transformer_blocks[:count], torch.device("cpu"))
+    return patches
 
 
 def count_training(size, px, batch, way, checkpointing):
@@ -249,7 +258,7 @@ def count_training(size, px, batch, way, checkpointing):
             scheduler = types.SimpleNamespace(timesteps=torch.zeros(1000), sigmas=torch.ones(1000))
             frozen = types.SimpleNamespace(embed=lambda prompts: text, scheduler=scheduler)
             if vars(args).get("blocks_to_swap"):
-                swap_blocks(swapped, model, args.blocks_to_swap)
+                patches = swap_blocks(swapped, model, args.blocks_to_swap)
             trained = script.prepare_models(args, accelerator, models, 100)
 
             def update():
