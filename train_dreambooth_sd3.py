@@ -502,6 +502,13 @@ class DreamBoothDataset:
         instances = len(self.images["instance"]) * self.args.repeats
         return max(instances, len(self.images.get("class", ())))
 
+    def has_fixed_crops(self):
+        """Whether each image is always seen in the same crop, and there are few enough to stay in memory."""
+        if self.args.random_flip or len(self.scaled) < sum(map(len, self.images.values())):
+            return False
+        whole = all(pixels.shape[:2] == size for (*_, size), pixels in self.scaled.items())
+        return self.args.center_crop or (whole and len(self.buckets) == 1)
+
     def __getitem__(self, place):
         """The examples of an item: instance, then class."""
         epoch, index, copy = place
@@ -1148,7 +1155,7 @@ class SingleUpdates(torch.optim.Optimizer):
         for group in self.param_groups:
             group["updates"] = 0
             for parameter in group["params"]:
-                wide = torch.nn.Parameter(parameter.data.float())
+                wide = torch.nn.Parameter(torch.empty(0, device=parameter.device))
                 optimizer = make([wide])
                 self.own[parameter] = (len(self.own), group, wide, optimizer)
                 self.state[parameter] = optimizer.state[wide]
@@ -1491,7 +1498,7 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
     return decode_latents(args, transformer, frozen.vae, latents)
 
 
-DECODING = 3072  # bytes that the VAE needs for a pixel
+DECODING = 5000  # bytes a pixel that the VAE has taken on an H100
 
 
 def decode_latents(args, transformer, vae, latents):
@@ -2067,6 +2074,22 @@ def report_end(args, accelerator, state, stop):
         log.info(f"{updates} updates in {seconds:.0f} s ({seconds / updates:.2f} s each), at most {memory:.1f} GB")
 
 
+MEMORY_FLAGS = (  # the most effective first
+    "gradient_checkpointing cache_latents offload full_bf16 use_8bit_adam fused_backward_pass blocks_to_swap"
+    " bnb_quantization_config_path"
+).split()
+
+
+@contextlib.contextmanager
+def name_memory_flags(args):
+    """Ends a run for which the GPU has too little memory with the flags that lower its need."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        unused = [f"--{flag}" for flag in MEMORY_FLAGS if not vars(args).get(flag, True)]
+        sys.exit(f"out of GPU memory: add {', '.join(unused)}, or lower --train_batch_size ({error})")
+
+
 def choose_seed(args, manifest):
     """Without --seed: that of the checkpoint, or a random one, the same on all processes."""
     drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
@@ -2109,7 +2132,7 @@ def report_dry_run(args, parts, accelerator, targets, dataset):
 def main(args):
     """Runs training from start to result."""
     accelerator = start_accelerator(args)
-    with contextlib.ExitStack() as cleanup:
+    with contextlib.ExitStack() as cleanup, name_memory_flags(args):
         # The run's own folder, the base model, the layers to train, and the checkpoint to resume, if any.
         claim_folder(args, accelerator, cleanup)
         parts = read_pipeline(args)
@@ -2130,6 +2153,7 @@ def main(args):
         if args.with_prior_preservation:
             add_class_images(args, parts, accelerator, dataset)
         loader, sampler, updates, total = make_loader(args, accelerator, dataset)
+        args.cache_latents |= dataset.has_fixed_crops() and total >= updates  # the same latents, for less
 
         # Frozen models encode what training does not change, and are freed one by one. Then what is trained is loaded.
         frozen = encode_once(args, parts, accelerator, targets, dataset, held_out)
