@@ -36,7 +36,10 @@ ALONE = (
     "read_adapters",
     "SwappedBlocks",
     "cut_positions",
+    "describe_adapters",
+    "save_with_header",
     "SingleUpdates",
+    "copy_part",
 )
 
 
