@@ -577,6 +577,13 @@ class DreamBoothDataset:
         instances = len(self.images["instance"]) * self.args.repeats
         return max(instances, len(self.images.get("class", ())))
 
+    def has_fixed_crops(self):
+        """Whether each image is always seen in the same crop, and there are few enough to stay in memory."""
+        if self.args.random_flip or len(self.scaled) < sum(map(len, self.images.values())):
+            return False
+        whole = all(pixels.shape[:2] == size for (*_, size), pixels in self.scaled.items())
+        return self.args.center_crop or (whole and len(self.buckets) == 1)
+
     def __getitem__(self, place):
         """The examples of an item: instance, then class."""
         epoch, index, copy = place
@@ -1288,46 +1295,38 @@ def read_adapters(args, source, name, model):
 
 
 class SwappedBlocks:
-    """Keeps the frozen weights of blocks in pinned memory; copies of them are on the GPU while a block runs.
+    """Keeps frozen weights of blocks in pinned memory. A block that runs gets copies of them on the GPU.
 
-    A checkpointed block runs twice, and the graph of its second run alone keeps its copies until their gradient is
-    computed. While a block runs, the copies of the next one are on their way, on a stream of their own.
+    They come on a stream of their own while the block before is computed, because the host is ahead of the GPU. A
+    block's copies are dropped when the next one has its own, and the gradient's graph keeps them as long as it needs.
     """
 
     def __init__(self, blocks, device):
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.weights = {}  # by the block's number: a dict by module and name
-        self.coming = {}
-        self.last = 0
-        for number, block in enumerate(blocks):
-            self.weights[number] = {}
+        self.before = torch.cuda.Event()  # what precedes the present block
+        self.present = {}
+        for block in blocks:
+            weights = {}
             for module in block.modules():
                 for name, weight in list(module.named_parameters(recurse=False)):
                     if not weight.requires_grad:
-                        self.weights[number][module, name] = weight.data.pin_memory()
+                        weights[module, name] = weight.data.pin_memory()
                         delattr(module, name)  # so that nothing moves, saves or sends it
-            block.register_forward_pre_hook(lambda *_, number=number: self.enter(number))
-            block.register_forward_hook(lambda *_, number=number: self.leave(number), always_call=True)
+            block.register_forward_pre_hook(functools.partial(self.enter, weights))
 
-    def fetch(self, number):
-        """Starts to copy a block's weights to the GPU, unless there is no such block."""
-        if number in self.weights.keys() - self.coming.keys():
-            self.stream.wait_stream(torch.cuda.current_stream())  # which may still read the memory that they get
-            with torch.cuda.stream(self.stream):
-                self.coming[number] = utils.send_to_device(self.weights[number], self.device, non_blocking=True)
-
-    def enter(self, number):
-        self.fetch(number)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        for (module, name), weight in self.coming.pop(number).items():
-            setattr(module, name, weight)
-        self.fetch(number + 1 if number > self.last else number - 1)  # the backward pass runs them the other way
-        self.last = number
-
-    def leave(self, number):
-        for module, name in self.weights[number]:
+    def enter(self, weights, *inputs):
+        computing = torch.cuda.current_stream()
+        self.stream.wait_event(self.before)  # until then the memory that the copies get may be in use
+        with torch.cuda.stream(self.stream):
+            copies = utils.send_to_device(weights, self.device, non_blocking=True)
+        self.before = computing.record_event()
+        computing.wait_stream(self.stream)
+        for module, name in self.present:
             delattr(module, name)
+        for (module, name), weight in copies.items():
+            setattr(module, name, weight)
+        self.present = copies
 
 
 def cut_positions(args, transformer):
@@ -1818,15 +1817,11 @@ def attempt(failed, what, kind=Exception):
         log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
 
 
-DECODING = 3072  # bytes that the VAE needs for a pixel
-
-
 def draw_images(args, transformer, frozen, prompt, seeds, **options):
     """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
-    The VAE decodes in float32. Errors: ValueError for latents that are not finite.
+    Errors: ValueError for latents that are not finite.
     """
-    vae = frozen.vae
     count = len(seeds)
     embeds, pooled = frozen.embed([prompt] * count)
     empty_embeds, empty_pooled = frozen.embed([""] * count)
@@ -1847,10 +1842,18 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
     ).images
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
-    latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    return decode_latents(args, transformer, frozen.vae, latents)
+
+
+DECODING = 5000  # bytes a pixel that the VAE has taken on an H100
+
+
+def decode_latents(args, transformer, vae, latents):
+    """PIL images of latents (B, C, h, w), in float32. If memory is short, the transformer waits on the CPU."""
     device = latents.device
-    leaves = args.offload or not has_room(device, DECODING * args.resolution**2)
-    away = training_utils.offload_models(transformer, device="cpu", offload=leaves and transformer.device == device)
+    latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    short = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=short and transformer.device == device)
     with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")
@@ -2330,6 +2333,7 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     embed.fill(parts, prompts)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     vae.enable_slicing()  # image by image: 2.5 GiB at 1024 px, whatever the batch
+    args.cache_latents |= bool(dataset) and dataset.has_fixed_crops()  # the same latents, for less
     if args.cache_latents and dataset:
         cache_moments(dataset, vae, accelerator, "latents")
     if held_out:
@@ -2526,6 +2530,22 @@ def report_end(args, accelerator, state, stop):
     log.info(describe_cost(state))
 
 
+MEMORY_FLAGS = (  # the most effective first
+    "gradient_checkpointing cache_latents offload full_bf16 use_8bit_adam fused_backward_pass blocks_to_swap"
+    " bnb_quantization_config_path"
+).split()
+
+
+@contextlib.contextmanager
+def name_memory_flags(args):
+    """Ends a run for which the GPU has too little memory with the flags that lower its need."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        unused = [f"--{flag}" for flag in MEMORY_FLAGS if not vars(args).get(flag, True)]
+        sys.exit(f"out of GPU memory: add {', '.join(unused)}, or lower --train_batch_size ({error})")
+
+
 def choose_seed(args, manifest):
     """Without --seed: that of the checkpoint, or a random one, the same on all processes."""
     drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
@@ -2568,7 +2588,7 @@ def report_dry_run(args, parts, accelerator, targets, dataset):
 def main(args):
     """Runs training from start to result."""
     accelerator = start_accelerator(args)
-    with contextlib.ExitStack() as cleanup:
+    with contextlib.ExitStack() as cleanup, name_memory_flags(args):
         # The run's own folder, the base model, the layers to train, and the checkpoint to resume, if any.
         claim_folder(args, accelerator, cleanup)
         check_optimizer(args, accelerator)

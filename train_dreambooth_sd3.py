@@ -564,6 +564,13 @@ class DreamBoothDataset:
         instances = len(self.images["instance"]) * self.args.repeats
         return max(instances, len(self.images.get("class", ())))
 
+    def has_fixed_crops(self):
+        """Whether each image is always seen in the same crop, and there are few enough to stay in memory."""
+        if self.args.random_flip or len(self.scaled) < sum(map(len, self.images.values())):
+            return False
+        whole = all(pixels.shape[:2] == size for (*_, size), pixels in self.scaled.items())
+        return self.args.center_crop or (whole and len(self.buckets) == 1)
+
     def __getitem__(self, place):
         """The examples of an item: instance, then class."""
         epoch, index, copy = place
@@ -1259,7 +1266,7 @@ class SingleUpdates(torch.optim.Optimizer):
         for group in self.param_groups:
             group["updates"] = 0
             for parameter in group["params"]:
-                wide = torch.nn.Parameter(parameter.data.float())
+                wide = torch.nn.Parameter(torch.empty(0, device=parameter.device))
                 optimizer = make([wide])
                 self.own[parameter] = (len(self.own), group, wide, optimizer)
                 self.state[parameter] = optimizer.state[wide]
@@ -1666,15 +1673,11 @@ def attempt(failed, what, kind=Exception):
         log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
 
 
-DECODING = 3072  # bytes that the VAE needs for a pixel
-
-
 def draw_images(args, transformer, frozen, prompt, seeds, **options):
     """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
-    The VAE decodes in float32. Errors: ValueError for latents that are not finite.
+    Errors: ValueError for latents that are not finite.
     """
-    vae = frozen.vae
     count = len(seeds)
     embeds, pooled = frozen.embed([prompt] * count)
     empty_embeds, empty_pooled = frozen.embed([""] * count)
@@ -1695,10 +1698,18 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
     ).images
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
-    latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    return decode_latents(args, transformer, frozen.vae, latents)
+
+
+DECODING = 5000  # bytes a pixel that the VAE has taken on an H100
+
+
+def decode_latents(args, transformer, vae, latents):
+    """PIL images of latents (B, C, h, w), in float32. If memory is short, the transformer waits on the CPU."""
     device = latents.device
-    leaves = args.offload or not has_room(device, DECODING * args.resolution**2)
-    away = training_utils.offload_models(transformer, device="cpu", offload=leaves and transformer.device == device)
+    latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    short = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=short and transformer.device == device)
     with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")
@@ -2178,6 +2189,7 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     embed.fill(parts, prompts)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     vae.enable_slicing()  # image by image: 2.5 GiB at 1024 px, whatever the batch
+    args.cache_latents |= bool(dataset) and dataset.has_fixed_crops()  # the same latents, for less
     if args.cache_latents and dataset:
         cache_moments(dataset, vae, accelerator, "latents")
     if held_out:
@@ -2374,6 +2386,22 @@ def report_end(args, accelerator, state, stop):
     log.info(describe_cost(state))
 
 
+MEMORY_FLAGS = (  # the most effective first
+    "gradient_checkpointing cache_latents offload full_bf16 use_8bit_adam fused_backward_pass blocks_to_swap"
+    " bnb_quantization_config_path"
+).split()
+
+
+@contextlib.contextmanager
+def name_memory_flags(args):
+    """Ends a run for which the GPU has too little memory with the flags that lower its need."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        unused = [f"--{flag}" for flag in MEMORY_FLAGS if not vars(args).get(flag, True)]
+        sys.exit(f"out of GPU memory: add {', '.join(unused)}, or lower --train_batch_size ({error})")
+
+
 def choose_seed(args, manifest):
     """Without --seed: that of the checkpoint, or a random one, the same on all processes."""
     drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
@@ -2416,7 +2444,7 @@ def report_dry_run(args, parts, accelerator, targets, dataset):
 def main(args):
     """Runs training from start to result."""
     accelerator = start_accelerator(args)
-    with contextlib.ExitStack() as cleanup:
+    with contextlib.ExitStack() as cleanup, name_memory_flags(args):
         # The run's own folder, the base model, the layers to train, and the checkpoint to resume, if any.
         claim_folder(args, accelerator, cleanup)
         check_optimizer(args, accelerator)

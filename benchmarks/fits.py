@@ -24,6 +24,7 @@ import types
 import weakref
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,12 +48,12 @@ MARGIN, SHARE = 1.0, 0.97  # of a card in GB: judged, see the docstring
 TOKENS = 77
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=HALF)
 FUSED = "--fused_backward_pass --max_grad_norm inf"
-WAYS = {  # what is trained: rank of LoRA or 0, and flags
+WAYS = {  # what is trained: rank of LoRA or 0, and flags, or how the base is kept
     "LoRA 4": (4, ""),
     "LoRA 64": (64, ""),
     "LoRA 4, nf4": (4, "nf4"),
     "LoRA 64, nf4": (64, "nf4"),
-    "LoRA 4, all blocks in RAM": (4, "--blocks_to_swap 99"),
+    "LoRA 4, all blocks in RAM": (4, "ram"),
     "all": (0, ""),
     "all, 8-bit": (0, "--use_8bit_adam"),
     "all, fused, 8-bit": (0, f"--use_8bit_adam {FUSED}"),
@@ -190,6 +191,19 @@ def count_vae(size, px):
         return bytes_of(vae), encoding, meter.restart()
 
 
+def without_streams():
+    """For blocks in RAM: there is one kind of fake tensors, so that what comes to the card is a clone."""
+    stream = mock.Mock(spec=["wait_event", "wait_stream", "record_event"])
+    patches = contextlib.ExitStack()
+    for name in ("Stream", "current_stream", "Event"):
+        patches.enter_context(mock.patch(f"torch.cuda.{name}", return_value=stream))
+    patches.enter_context(mock.patch("torch.cuda.stream", contextlib.nullcontext))
+    patches.enter_context(mock.patch("torch.Tensor.pin_memory", torch.Tensor.detach))
+    clones = lambda weights, *_, **__: {key: weight.clone() for key, weight in weights.items()}  # noqa: E731
+    patches.enter_context(mock.patch("accelerate.utils.send_to_device", clones))
+    return patches
+
+
 @contextlib.contextmanager
 def fake_run(size, px, batch, way, checkpointing):
     """A script and its arguments, whose `load_part` gives models on the meta device."""
@@ -210,25 +224,16 @@ def fake_run(size, px, batch, way, checkpointing):
         build_configs(Path(folder, "model"), size)
         words = f"--pretrained_model_name_or_path {folder}/model --instance_data_dir {folder} --instance_prompt x"
         words += f" --output_dir {folder}/out --seed 0 --mixed_precision bf16 --resolution {px} --report_to none"
-        words += f" --train_batch_size {batch} {changes.removeprefix('nf4')} {f'--rank {rank}' if rank else ''}"
+        words += f" --train_batch_size {batch} {changes if changes.startswith('--') else ''}"
+        words += f" --rank {rank}" if rank else ""
         words += " --gradient_checkpointing" if checkpointing else ""
         args = script.parse_args(words.split())
         script.load_part, script.SwappedBlocks = sketch_part, lambda *given: None
         try:
-            yield script, args, swapped
+            with without_streams():
+                yield script, args, swapped
         finally:
             script.load_part, script.SwappedBlocks = load_part, swapped
-
-
-def swap_blocks(kind, model, count):
-    """The script's blocks in RAM; there is one kind of fake tensors, so that what comes to the card is a clone."""
-
-    class Swapped(kind):
-        def fetch(self, number):
-            if number not in self.coming and 0 <= number < len(self.weights):
-                self.coming[number] = {key: weight.clone() for key, weight in self.weights[number].items()}
-
-    Swapped(model.transformer_blocks[:count], torch.device("cpu"))
 
 
 def count_training(size, px, batch, way, checkpointing):
@@ -248,8 +253,8 @@ def count_training(size, px, batch, way, checkpointing):
             text = torch.zeros(batch, 2 * TOKENS, 4096, dtype=HALF), torch.zeros(batch, 2048, dtype=HALF)
             scheduler = types.SimpleNamespace(timesteps=torch.zeros(1000), sigmas=torch.ones(1000))
             frozen = types.SimpleNamespace(embed=lambda prompts: text, scheduler=scheduler)
-            if vars(args).get("blocks_to_swap"):
-                swap_blocks(swapped, model, args.blocks_to_swap)
+            if WAYS[way][1] == "ram":
+                swapped(model.transformer_blocks, accelerator.device)
             trained = script.prepare_models(args, accelerator, models, 100)
 
             def update():
