@@ -2423,7 +2423,7 @@ def read_update(args, accelerator, seen, norm):
     row = [*(kind.mean() for kind in kinds), torch.as_tensor(norm).to(losses)]
     rows = accelerator.gather(torch.stack(row)[None])
     *losses, norm = rows.mean(dim=0).tolist()  # here the host waits for the device, once an update
-    figures = {"loss": np.dot(losses, list(weights.values())), "grad_norm": norm}
+    figures = {"loss": float(np.dot(losses, list(weights.values()))), "grad_norm": norm}
     if losses[1:]:
         figures |= zip(weights, losses, strict=True)
     return figures
