@@ -1451,7 +1451,7 @@ def save_checkpoint(args, accelerator, trained, state):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
     folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
-    what = f"saving {folder}, where {shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free,"
+    what = f"saving {folder} ({shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free)"
     failed = []
     with attempt(failed, what):
         save_weights(args, accelerator, trained.models, partial)
@@ -2033,17 +2033,15 @@ OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-
 
 def check_output(args):
     """Refuses logs that leave output_dir or get into what is written there, and what is in the way of that."""
-    logs = Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name)
-    free = ".." not in logs.parts and not logs.is_absolute()
+    logs = os.path.normpath(Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name))
     for pattern in (*RESULT["files"], *OUTPUT):
         name, folder, _ = pattern.partition("/")
-        free = free and not fnmatch.fnmatch(logs.parts[0], name)
+        if logs.startswith(("..", os.sep)) or fnmatch.fnmatch(Path(logs).parts[0], name):
+            names = "--logging_dir, --tracker_run_name, --tracker_project_name"
+            refuse(f"{names}: {logs!r} leads out of --output_dir or into the result: give other names")
         for path in Path(args.output_dir).glob(name):
             if path.is_dir() != bool(folder) or not os.access(path, os.W_OK):
                 refuse(f"{path} is in the way of what the run writes: take it away or give another --output_dir")
-    if not free:
-        names = "--logging_dir, --tracker_run_name, --tracker_project_name"
-        refuse(f"{names}: {str(logs)!r} is no folder of its own inside --output_dir: give other names")
 
 
 def start_accelerator(args):
@@ -2270,7 +2268,7 @@ def read_update(args, accelerator, seen, norm):
     row = [*(kind.mean() for kind in kinds), torch.as_tensor(norm).to(losses)]
     rows = accelerator.gather(torch.stack(row)[None])
     *losses, norm = rows.mean(dim=0).tolist()  # here the host waits for the device, once an update
-    figures = {"loss": np.dot(losses, list(weights.values())), "grad_norm": norm}
+    figures = {"loss": float(np.dot(losses, list(weights.values()))), "grad_norm": norm}
     if losses[1:]:
         figures |= zip(weights, losses, strict=True)
     return figures
@@ -2344,7 +2342,7 @@ def save_result(args, accelerator, trained, state, parts):
     """Writes the final weights, then a manifest. Where it cannot, it tries every minute until a signal comes."""
     while not state.finished:
         failed = []
-        with attempt(failed, f"writing the result to {args.output_dir}, which is tried again every minute,"):
+        with attempt(failed, f"writing the result to {args.output_dir} (tried every minute until a signal)"):
             save_weights(args, accelerator, trained.models, args.output_dir, parts)
             if accelerator.is_main_process:
                 write_manifest(args, state, args.output_dir, RESULT["files"])
@@ -2370,14 +2368,14 @@ def report_end(args, accelerator, state, stop):
     reasons = []
     if state.failed:
         reasons.append(f"{', '.join(state.failed)} failed")
-    if state.step < state.total:
-        reasons.append(f"{state.step} of {state.total} updates were made")
     if len(state.skipped) * 10 > state.total:
         reasons.append(f"{len(state.skipped)} of {state.total} updates were skipped, not being finite: lower the rate")
     if stop:
         name = signal.Signals(stop).name
         way = "makes what is missing" if state.finished else "goes on"
         reasons.append(f"{name} came at update {state.step}: --resume_from_checkpoint latest {way}")
+    elif state.step < state.total:
+        reasons.append(f"{state.step} of {state.total} updates were made")
     if reasons:
         if accelerator.is_main_process:
             print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
