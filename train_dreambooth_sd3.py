@@ -9,7 +9,7 @@
 # ///
 """DreamBooth training of the whole Stable Diffusion 3 or 3.5 transformer, with the SD3 paper's rectified-flow loss.
 
-On one GPU; `accelerate launch --multi_gpu` takes all that there are:
+On one GPU; add `--multi_gpu` after `launch` to use all of them:
 
     accelerate launch train_dreambooth_sd3.py --mixed_precision bf16 \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers \
@@ -28,13 +28,14 @@ The twin, train_dreambooth_lora_sd3.py, trains LoRA adapters; `diff` of the two 
 import argparse
 import contextlib
 import dataclasses
+import errno
+import fnmatch
 import functools
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import logging
 import math
@@ -47,7 +48,6 @@ import signal
 import sys
 import tempfile
 import time
-import types
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -56,175 +56,231 @@ from pathlib import Path
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
-LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+LR_SCHEDULERS = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split()
+TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio".split()
+METHOD = "dreambooth-sd3"
+PRECISIONS = ("no", "fp32", "fp16", "bf16")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
 
+class Stderr(io.FileIO):
+    """Standard error that may go away, like a closed terminal, without ending the run. A file gets lines for bars."""
+
+    def write(self, data):
+        with contextlib.suppress(OSError):
+            super().write(data if self.isatty() else data.replace(b"\r", b"\n"))
+        return len(data)
+
+
 def refuse(message):
-    """Ends the run with one line on stderr and exit code 2; where all processes refuse, one of a machine says so."""
-    time.sleep(2 if int(os.environ.get("LOCAL_RANK", 0)) else 0)  # until the launcher has ended this one
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    """Prints one line and exits with code 2; if all processes fail alike, only local rank 0 prints."""
+    if int(os.environ.get("LOCAL_RANK") or 0):
+        time.sleep(2)  # the launcher should have killed this process by then
+    line = " ".join(str(message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def or_refuse(what):
-    """Refuses in one line whatever a with block raises, for damaged files and absent servers may lead to anything."""
+    """Turns any exception into a one-line error: damaged files and unreachable servers can raise anything.
+
+    With SHOW_TRACEBACKS in the environment it stays as it is, for whoever changes the code.
+    """
     try:
         yield
     except Exception as error:
+        if "SHOW_TRACEBACKS" in os.environ:
+            raise
         refuse(f"{what} ({type(error).__name__}: {error})")
 
 
+def utf8(text):
+    """Value of a flag that is a text. Errors: ValueError for bytes that are none."""
+    text.encode()
+    return text
+
+
 def boolean(text):
-    """Value of a true/false flag; argparse's type=bool would take 'False' for true."""
-    if text.lower() not in {"true", "false", "1", "0", "yes", "no"}:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in {"true", "1", "yes"}
+    """Value of a true/false flag; with type=bool argparse would read 'False' as true. Errors: ValueError."""
+    return ("false", "0", "no", "true", "1", "yes").index(text.lower()) >= 3
 
 
 def in_range(kind, low, below=1e30):
-    """A type of flag: an int or a float of at least `low` and less than `below`, or inf where that is the bound."""
+    """Type of a flag: an int or a float of at least `low` and less than `below`. Infinity only as the bound itself."""
 
     def parse(text):
-        value = kind(text)  # of a word argparse says itself that it is none
-        if not (low <= value < below or value == below == math.inf):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: give {low} or more, less than {below}")
-        return value
+        value = kind(text)
+        if low <= value < below or value == below == math.inf:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is out of range: give {low} or more, less than {below}")
 
-    parse.__name__ = kind.__name__  # argparse names it for a word
+    parse.__name__ = kind.__name__  # argparse shows this name when the text is no number
     return parse
 
 
-STEPS, COUNT, AMOUNT = in_range(int, 1), in_range(int, 1, 10_001), in_range(float, 0.0)
-SHARE, POSITIVE, NORM = in_range(float, 0.0, 1.0), in_range(float, 1e-30), in_range(float, 1e-30, math.inf)
+STEPS = in_range(int, 1)
+COUNT = in_range(int, 1, 10_001)
+AMOUNT = in_range(float, 0.0)
+POSITIVE = in_range(float, 1e-30)
+NORM = in_range(float, 1e-30, math.inf)
+FRACTION = in_range(float, 0.0, 1.0)
+
+
+def split_names(text):
+    """Names in a comma-separated list, without spaces and empty ones."""
+    return text.replace(" ", "").strip(",").split(",")
+
+
+def add_group(parser, title):
+    """A function that adds a flag to a new group: its name, its help, its type (bool: a switch) and its default."""
+    group = parser.add_argument_group(title)
+
+    def add(name, text, kind=utf8, default=None, **options):
+        if kind is bool:
+            group.add_argument(name, help=text, action="store_true")
+            return
+        if kind is boolean:
+            options = {"nargs": "?", "const": True}
+        group.add_argument(name, help=text, type=kind, default=default, **options)
+
+    return add
 
 
 def add_input_flags(parser):
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="Hub id or folder of an SD3.")
-    add("--revision", help="Hub revision of every part that is loaded.")
-    add("--variant", help="Variant of the base model's weight files, such as fp16.")
-    add("--cache_dir", help="Where downloaded models and datasets are kept.")
-    add("--no_t5", action="store_true", help="Leave out T5, the largest text encoder: less memory, weaker text.")
+    add = add_group(parser, "model")
+    add("--pretrained_model_name_or_path", "Hub id or folder of an SD3 model.", required=True)
+    own = "Folder of a pipeline, or a .safetensors file, that the transformer is taken from."
+    add("--pretrained_transformer_model_name_or_path", own, os.path.abspath)
+    add("--revision", "Hub revision of every part of the model.")
+    add("--variant", "Variant of the model's weight files, such as fp16.")
+    add("--cache_dir", "Where downloaded models and datasets are kept.")
+    add("--no_t5", "Leave out T5, the largest text encoder: less memory, weaker text.", bool)
 
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", help="Hub id or folder of an image dataset, read by the datasets library.")
-    add("--dataset_config_name", help="Configuration of that dataset.")
-    add("--instance_data_dir", metavar="FOLDER", help="Folder with the subject's images, in place of --dataset_name.")
-    add("--dataset_split", default="train", help="Split of that dataset.")
-    add("--image_column", default="image", help="Dataset column with the images.")
-    add("--caption_column", help="Dataset column with a caption an image; empty ones fall back to --instance_prompt.")
-    add("--repeats", type=COUNT, default=1, help="How often each instance image occurs in an epoch.")
-    add("--instance_prompt", metavar="PROMPT", help="Such as 'a photo of sks dog'; for images without a caption.")
-    add("--caption_dropout", type=SHARE, default=0.0, help="Probability of the empty prompt in place of a caption.")
-    add("--max_sequence_length", type=in_range(int, 1, 513), default=77, help="T5 tokens of a prompt; CLIP has 77.")
-    add("--resolution", type=in_range(int, 16), default=512, help="Side of the crop in pixels, a multiple of 16.")
-    add("--use_aspect_ratio_buckets", action="store_true", help="Keep shapes: crop to the nearest of several sizes.")
-    add("--aspect_ratio_buckets", metavar="H,W;H,W", help="These sizes; unset: diffusers' for --resolution.")
-    add("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
-    add("--random_flip", action="store_true", help="Mirror half of the images.")
-    add("--alpha_mask", action="store_true", help="Weigh the loss by the images' alpha: skip transparent parts.")
-    add("--dataloader_num_workers", type=in_range(int, 0, 1025), default=0, help="Loader processes; 0: in this one.")
+    add = add_group(parser, "data")
+    add("--dataset_name", "Hub id or folder of an image dataset, read by the datasets library.")
+    add("--dataset_config_name", "Configuration of that dataset.")
+    add("--instance_data_dir", "Folder with the subject's images, in place of --dataset_name.")
+    add("--dataset_split", "Split of that dataset.", utf8, "train")
+    add("--image_column", "Dataset column with the images.", utf8, "image")
+    add("--caption_column", "Dataset column with one caption per image; empty ones use --instance_prompt.")
+    add("--repeats", "How often each instance image occurs in an epoch.", COUNT, 1)
+    add("--instance_prompt", "Prompt of images without a caption: 'a photo of sks dog'.")
+    add("--caption_dropout", "Probability of training with the empty prompt.", FRACTION, 0.0)
+    add("--max_sequence_length", "T5 tokens per prompt; CLIP has 77.", in_range(int, 1, 513), 77)
+    add("--resolution", "Side of the crop in pixels, a multiple of 16.", in_range(int, 16), 512)
+    add("--use_aspect_ratio_buckets", "Crop each image to the nearest of several shapes.", bool)
+    add("--aspect_ratio_buckets", "These shapes; unset: diffusers' for --resolution.", metavar="H,W;H,W")
+    add("--center_crop", "Crop the middle instead of a random place.", bool)
+    add("--random_flip", "Mirror half of the images.", bool)
+    add("--alpha_mask", "Weigh the loss by the alpha channel: skip transparent parts.", bool)
+    add("--dataloader_num_workers", "0 loads in the main process.", in_range(int, 0, 1025), 0)
 
-    add = parser.add_argument_group("prior preservation").add_argument
-    add("--with_prior_preservation", action="store_true", help="Train on class images too, against drift.")
-    add("--class_data_dir", metavar="FOLDER", help="Folder of class images; missing ones are drawn into it.")
-    add("--class_prompt", metavar="PROMPT", help="Prompt of the class images, such as 'a photo of a dog'.")
-    add("--num_class_images", type=COUNT, default=100, help="How many class images there have to be.")
-    add("--prior_loss_weight", type=AMOUNT, default=1.0, help="Weight of the class images' loss.")
-    add("--sample_batch_size", type=COUNT, default=4, help="Batch a process when class images are generated.")
-    add("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="Unset: that of the run.")
+    add = add_group(parser, "prior preservation")
+    add("--with_prior_preservation", "Also train on class images, against drift.", bool)
+    add("--class_data_dir", "Folder of class images; missing ones are drawn into it.")
+    add("--class_prompt", "Prompt of the class images, such as 'a photo of a dog'.")
+    add("--num_class_images", "Number of class images.", COUNT, 100)
+    add("--prior_loss_weight", "Weight of the class images' loss.", AMOUNT, 1.0)
+    add("--sample_batch_size", "Class images drawn at once, on each process.", COUNT, 4)
+    add("--prior_generation_precision", "For class images; unset: --mixed_precision.", choices=PRECISIONS)
 
 
 def add_method_flags(parser):
-    add = parser.add_argument_group("full training").add_argument
-    add("--train_text_encoder", action="store_true", help="Train the three text encoders too.")
-    add("--fused_backward_pass", action="store_true", help="Update each weight within the backward pass: less memory.")
-    add("--full_bf16", action="store_true", help="Train bfloat16 weights, rounded stochastically: less memory.")
-    parser.set_defaults(tracker_project_name="dreambooth-sd3")
+    add = add_group(parser, "full training")
+    add("--train_text_encoder", "Also train the text encoders.", bool)
+    add("--fused_backward_pass", "Update each weight in the backward pass: less memory.", bool)
+    add("--full_bf16", "Train bfloat16 weights, rounded stochastically: less memory.", bool)
+    parser.set_defaults(output_preservation_weight=0, tracker_project_name=METHOD)
 
 
 def add_training_flags(parser):
-    add = parser.add_argument_group("training").add_argument
-    add("--train_batch_size", type=COUNT, default=4, help="Instance images of a batch, on each process.")
-    add("--num_train_epochs", type=STEPS, default=1, help="Epochs; --max_train_steps wins.")
-    add("--max_train_steps", type=STEPS, help="Updates of the optimizer in all.")
-    add("--gradient_accumulation_steps", type=COUNT, default=1, help="Batches an update.")
-    add("--gradient_checkpointing", action="store_true", help="Recompute activations in the backward pass.")
-    add("--cache_latents", action="store_true", help="Encode each image once, in one crop, and free the VAE.")
-    add("--offload", action="store_true", help="Keep the VAE on the CPU between its uses.")
-    add("--use_ema", action="store_true", help="Average the weights over the updates; validate and save the average.")
-    add("--ema_decay", type=SHARE, default=0.9999, help="Decay of that average, at most (1 + n) / (10 + n) at step n.")
-    add("--max_grad_norm", type=NORM, default=1.0, help="Clip the gradient to this norm over all; inf does not.")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Unset: as accelerate was configured.")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later.")
-    add("--seed", type=in_range(int, 0, 2**32), help="Of all draws; unset: one is drawn and kept in checkpoints.")
-    add("--full_determinism", action="store_true", help="Equal runs give equal bits on a GPU too; slower.")
-    add("--local_rank", type=int, default=-1, help="Given by old launchers; LOCAL_RANK in the environment counts.")
+    add = add_group(parser, "training")
+    add("--train_batch_size", "Instance images per batch, on each process.", COUNT, 4)
+    add("--num_train_epochs", "Epochs; --max_train_steps wins.", STEPS, 1)
+    add("--max_train_steps", "Total updates of the optimizer.", STEPS)
+    add("--gradient_accumulation_steps", "Batches per update.", COUNT, 1)
+    add("--gradient_checkpointing", "Recompute activations in the backward pass.", bool)
+    add("--cache_latents", "Encode each image once, in one crop, and free the VAE.", bool)
+    add("--offload", "Keep the VAE and the text encoders on the CPU between uses.", bool)
+    add("--use_ema", "Average the weights over the updates; validate and save the average.", bool)
+    add("--ema_decay", "Its decay, at most (1 + n) / (10 + n) at step n.", FRACTION, 0.9999)
+    add("--max_grad_norm", "Clip the global gradient norm to this; inf: never.", NORM, 1.0)
+    add("--mixed_precision", "Unset: accelerate's configuration.", choices=("no", "fp16", "bf16"))
+    add("--allow_tf32", "TF32 matrix products on Ampere GPUs and later.", bool)
+    add("--seed", "Unset: a random one, which checkpoints keep.", in_range(int, 0, 2**32))
+    add("--full_determinism", "Equal runs give equal bits on a GPU too; slower.", bool)
+    add("--local_rank", "Accepted from old launchers; LOCAL_RANK is what counts.", int, -1)
 
-    add = parser.add_argument_group("loss").add_argument
-    add("--weighting_scheme", choices=WEIGHTINGS, default="logit_normal", help="SD3 paper, 3.1; none: uniform.")
-    add("--training_shift", type=POSITIVE, help="Shift of the noise levels; unset: the scheduler's, 3 in SD3.")
-    add("--logit_mean", type=float, default=0.0, help="Mean of the logit-normal density.")
-    add("--logit_std", type=POSITIVE, default=1.0, help="Standard deviation of the logit-normal density.")
-    add("--mode_scale", type=float, default=1.29, help="Scale of the mode density.")
-    add("--precondition_outputs", type=int, choices=(0, 1), default=1, help="1 compares clean latents, 0 velocities.")
+    add = add_group(parser, "loss")
+    add("--weighting_scheme", "SD3 paper, 3.1; none: uniform.", utf8, "logit_normal", choices=WEIGHTINGS)
+    add("--training_shift", "Shift of the noise levels; unset: the scheduler's, 3 in SD3.", POSITIVE)
+    add("--logit_mean", "Mean of the logit-normal density.", in_range(float, -1e30), 0.0)
+    add("--logit_std", "Standard deviation of the logit-normal density.", POSITIVE, 1.0)
+    add("--mode_scale", "Scale of the mode density.", in_range(float, -1.0, 1.752), 1.29)
+    add("--precondition_outputs", "1 compares clean latents, 0 velocities.", int, 1, choices=(0, 1))
 
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--optimizer", type=str.lower, choices=("adamw", "prodigy"), default="AdamW", help="In any case of letters.")
-    add("--learning_rate", type=AMOUNT, default=1e-4, help="Learning rate after warm-up.")
-    add("--text_encoder_lr", type=AMOUNT, default=5e-6, help="Text encoders' rate; prodigy takes --learning_rate.")
-    add("--scale_lr", action="store_true", help="Multiply --learning_rate by processes, accumulation and batch.")
-    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Its shape over the run.")
-    add("--lr_warmup_steps", type=in_range(int, 0), default=500, help="Updates of warm-up.")
-    add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=AMOUNT, default=1.0, help="Power of polynomial.")
-    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes.")
-    add("--adam_beta1", type=SHARE, default=0.9, help="First beta, also Prodigy's.")
-    add("--adam_beta2", type=SHARE, default=0.999, help="Second beta, also Prodigy's.")
-    add("--adam_weight_decay", type=AMOUNT, default=1e-4, help="Weight decay of the transformer.")
-    add("--adam_weight_decay_text_encoder", type=AMOUNT, default=1e-3, help="Weight decay of the text encoders.")
-    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="Epsilon, also Prodigy's.")
-    on_by_default = {"type": boolean, "nargs": "?", "const": True, "default": True}
-    add("--prodigy_beta3", type=SHARE, help="Unset: the square root of the second beta.")
-    add("--prodigy_decouple", **on_by_default, help="Decoupled weight decay.")
-    add("--prodigy_use_bias_correction", **on_by_default, help="Adam's bias correction.")
-    add("--prodigy_safeguard_warmup", **on_by_default, help="Keep the rate out of D's denominator in warm-up.")
+    add = add_group(parser, "optimizer")
+    add("--optimizer", "Case does not matter.", str.lower, "adamw", choices=("adamw", "prodigy"))
+    add("--learning_rate", "Learning rate after warm-up.", AMOUNT, 1e-4)
+    add("--text_encoder_lr", "Text encoders' rate; prodigy takes --learning_rate.", AMOUNT, 5e-6)
+    add("--scale_lr", "Multiply --learning_rate by processes, accumulation and batch size.", bool)
+    add("--lr_scheduler", "Shape of the learning rate over the run.", utf8, "constant", choices=LR_SCHEDULERS)
+    add("--lr_warmup_steps", "Updates of warm-up.", in_range(int, 0), 500)
+    add("--lr_num_cycles", "Restarts of cosine_with_restarts.", COUNT, 1)
+    add("--lr_power", "Power of polynomial.", AMOUNT, 1.0)
+    add("--use_8bit_adam", "AdamW with 8-bit state, from bitsandbytes.", bool)
+    add("--adam_beta1", "First beta, also Prodigy's.", FRACTION, 0.9)
+    add("--adam_beta2", "Second beta, also Prodigy's.", FRACTION, 0.999)
+    add("--adam_weight_decay", "Weight decay of the transformer.", AMOUNT, 1e-4)
+    add("--adam_weight_decay_text_encoder", "Weight decay of the text encoders.", AMOUNT, 1e-3)
+    add("--adam_epsilon", "Epsilon, also Prodigy's.", POSITIVE, 1e-8)
+    add("--prodigy_beta3", "Unset: the square root of the second beta.", FRACTION)
+    add("--prodigy_decouple", "Decoupled weight decay.", boolean, True)
+    add("--prodigy_use_bias_correction", "Adam's bias correction.", boolean, True)
+    add("--prodigy_safeguard_warmup", "Keep the rate out of D's denominator in warm-up.", boolean, True)
 
 
 def add_output_flags(parser):
-    add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompt", metavar="PROMPT", help="Prompt of the images drawn along the way and at the end.")
-    add("--validation_data_dir", metavar="FOLDER", help="Held-out images: their loss at fixed noise is logged.")
-    add("--num_validation_images", type=COUNT, default=4, help="How many images each time.")
-    add("--validation_epochs", type=STEPS, default=50, help="Draw after epoch 0 and every so many epochs.")
-    add("--validation_num_inference_steps", type=COUNT, help="Denoising steps of these; unset: the pipeline's own.")
-    add("--validation_guidance_scale", type=AMOUNT, help="Their guidance; unset: the pipeline's own, 0 for Turbo.")
-    add("--skip_final_inference", action="store_true", help="Draw no images at the end.")
+    add = add_group(parser, "validation")
+    add("--validation_prompt", "Prompts of the images drawn during training and at the end.", nargs="+")
+    add("--validation_data_dir", "Held-out images: their loss at fixed noise is logged.")
+    add("--num_validation_images", "Number of images of each prompt, each time.", COUNT, 4)
+    add("--validation_epochs", "Draw after the first epoch and then every so many.", STEPS, 50)
+    add("--validation_num_inference_steps", "Denoising steps.", COUNT, 28)
+    add("--validation_guidance_scale", "Guidance; Turbo needs 0.", AMOUNT, 7.0)
+    add("--skip_final_inference", "Draw no images at the end.", bool)
 
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="sd3-dreambooth", metavar="FOLDER", help="Where everything is written.")
-    add("--logging_dir", default="logs", help="The trackers' folder inside output_dir.")
-    add("--report_to", metavar="TRACKERS", default="tensorboard", help=f"Some of {','.join(TRACKERS)}; or all, none.")
-    add("--tracker_project_name", metavar="NAME", help="The trackers' project.")
-    add("--tracker_run_name", metavar="NAME", help="The run's name in wandb and in logging_dir.")
-    add("--checkpointing_steps", type=STEPS, default=500, help="Updates from one checkpoint to the next.")
-    add("--checkpoints_total_limit", type=COUNT, help="Keep the newest so many checkpoints; unset: all.")
-    add("--resume_from_checkpoint", metavar="PATH", help="A checkpoint's path or name, or latest.")
-    add("--dry_run", action="store_true", help="Check all input, draw it as the model would see it, train nothing.")
-    add("--push_to_hub", action="store_true", help="Upload the result when training ends.")
-    add("--hub_token", help="Token for the upload; it is written nowhere.")
-    add("--hub_model_id", help="Repository of the upload; unset: the name of output_dir.")
-    add("--hub_private_repo", action="store_true", help="Make the repository private when it is created.")
+    add = add_group(parser, "output")
+    add("--output_dir", "Where everything is written.", utf8, "sd3-dreambooth")
+    add("--logging_dir", "The trackers' folder inside output_dir.", utf8, "logs")
+    add("--report_to", f"Some of {','.join(TRACKERS)}; or all, none.", utf8, "tensorboard")
+    add("--tracker_project_name", "The trackers' project.")
+    add("--tracker_run_name", "The run's name in wandb and in logging_dir.")
+    add("--checkpointing_steps", "Updates between checkpoints.", STEPS, 500)
+    add("--checkpoints_total_limit", "How many of the newest checkpoints to keep; unset: all.", COUNT)
+    add("--resume_from_checkpoint", "A checkpoint's path or name, or latest.")
+    add("--dry_run", "Check the input, draw it as the model would see it, train nothing.", bool)
+    add("--push_to_hub", "Upload the result when training ends.", bool)
+    add("--hub_token", "Token for the upload; it is written nowhere.")
+    add("--hub_model_id", "Repository of the upload; unset: the name of output_dir.")
+    add("--hub_private_repo", "Make the repository private when it is created.", bool)
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong flag in one line, where argparse would print its usage first."""
+
+    def error(self, message):
+        refuse(message)
 
 
 def build_parser():
-    usage = "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ..."
-    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=usage, **options)
-    parser.error = refuse  # one line, where argparse would print its usage first
+    parser = Parser(
+        description=(__doc__ or METHOD).splitlines()[0],  # `python -OO` takes the docstring away
+        usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ...",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     add_input_flags(parser)
     add_training_flags(parser)
     add_output_flags(parser)
@@ -232,65 +288,91 @@ def build_parser():
     return parser
 
 
-def check_input_flags(args):
-    """Refuses input flags that contradict each other and folders that are not there."""
+def check_data_flags(args):
+    """Refuses data flags that contradict each other and folders that are not there."""
     if bool(args.dataset_name) == bool(args.instance_data_dir):
         refuse("--dataset_name, --instance_data_dir: give exactly one of the two")
-    for name in ("instance_data_dir", "validation_data_dir", "class_data_dir"):
+    output = Path(args.output_dir).resolve()
+    drawn = Path(args.class_data_dir or os.devnull).resolve()
+    if drawn == output:
+        refuse(
+            f"--class_data_dir is --output_dir {args.output_dir!r}: the next run would train on what this one draws"
+        )
+    for name in ("instance_data_dir", "dataset_name", "validation_data_dir"):
         folder = getattr(args, name)
-        if folder and Path(folder).resolve() == Path(args.output_dir).resolve():
+        if not folder:
+            continue
+        path = Path(folder).resolve()
+        if path == output:
             refuse(f"--{name} is --output_dir {args.output_dir!r}: the next run would train on what this one draws")
-        if folder and name != "class_data_dir" and not Path(folder).is_dir():
+        if path.is_relative_to(drawn) or drawn.is_relative_to(path):
+            refuse(
+                f"--class_data_dir {args.class_data_dir!r} overlaps --{name}: give class images a folder of their own"
+            )
+        if name != "dataset_name" and not os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises on a long name
             refuse(f"--{name} {folder!r} is not a folder: give the folder with the images")
+
+
+def check_class_flags(args):
+    """Refuses prior and output preservation that lack a flag, and says which flags have no effect."""
+    preserve_outputs = args.output_preservation_weight
+    if preserve_outputs and (args.with_prior_preservation or not args.class_prompt):
+        refuse("--output_preservation_weight needs --class_prompt, and excludes --with_prior_preservation")
     for name in ("class_data_dir", "class_prompt"):
-        if args.with_prior_preservation and not getattr(args, name):
+        given = getattr(args, name)
+        if args.with_prior_preservation and not given:
             refuse(f"--with_prior_preservation needs --{name}")
-        if getattr(args, name) and not (args.with_prior_preservation or vars(args).get("output_preservation_weight")):
+        if given and not args.with_prior_preservation and not preserve_outputs:
             print(f"--{name} has no effect without --with_prior_preservation", file=sys.stderr)
-    if args.resolution % 16:
-        near = round(args.resolution / 16) * 16
-        refuse(f"--resolution {args.resolution} is not a multiple of 16 (VAE 8, patch 2): {near} is the nearest")
-    for bucket in (args.aspect_ratio_buckets or "16,16").split(";"):
-        sides = re.fullmatch(r" *(\d+) *, *(\d+) *", bucket)
-        if not sides or any(int(side) == 0 or int(side) % 16 for side in sides.groups()):
-            refuse(f"--aspect_ratio_buckets {bucket!r} is no height,width in multiples of 16, such as 512,768;768,512")
+
+
+def check_packages(args):
+    """Refuses trackers that are unknown, and what needs a package that is not installed."""
+    trackers = split_names(args.report_to)
+    if args.hub_token and set(trackers) - {"tensorboard", "none"}:  # most record the command line
+        refuse(f"--hub_token would be readable in {args.report_to}: leave it out and run `hf auth login` instead")
+    packages = [] if trackers in (["none"], ["all"]) else trackers
+    for name in packages:
+        if name not in TRACKERS:
+            refuse(f"--report_to {name!r} is unknown: choose from {', '.join(TRACKERS)}, or all or none alone")
+    needed = {
+        "datasets": args.dataset_name,
+        "prodigyopt": args.optimizer == "prodigy",
+        "bitsandbytes": args.use_8bit_adam,
+    }
+    packages += [package for package, wanted in needed.items() if wanted]
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            refuse(f"these flags need the {package} package: pip install {package}")
 
 
 def parse_args(argv=None):
-    """Flags of a run. Errors: SystemExit with code 2 and one line for flags that are wrong or contradictory."""
+    """The flags of a run. Wrong or contradictory ones exit with code 2 and one line."""
     args = build_parser().parse_args(argv)
     if not args.output_dir:
         refuse("--output_dir is empty: give the folder to write to")
-    check_input_flags(args)
-    for name in ("logging_dir", "tracker_run_name"):
-        if os.path.normpath(getattr(args, name) or "logs").startswith((".", os.sep)):
-            refuse(f"--{name} {getattr(args, name)!r} leads out of --output_dir: give a name, such as logs")
-    trackers = [name for name in args.report_to.replace(" ", "").split(",") if name] or [args.report_to]
-    args.report_to = ",".join(trackers)
-    for name in set(trackers) - {*TRACKERS, "all", "none"}:
-        refuse(f"--report_to {name!r} is unknown: choose from {', '.join(TRACKERS)}, all, none")
-    if args.hub_token and set(trackers) - {"tensorboard", "none"}:  # most record the command line
-        refuse(f"--hub_token would be readable in {args.report_to}: leave it out and run `hf auth login` instead")
-    needed = {"datasets": args.dataset_name, "prodigyopt": args.optimizer == "prodigy"}
-    needed |= {"bitsandbytes": args.use_8bit_adam, **dict.fromkeys(set(trackers) - {"all", "none"}, True)}
-    for package in [name for name, wanted in needed.items() if wanted]:
-        if importlib.util.find_spec(package) is None:
-            refuse(f"these flags need the {package} package: pip install {package}")
+    check_data_flags(args)
+    check_class_flags(args)
+    check_packages(args)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         refuse("DeepSpeed is not supported: choose FSDP2 in `accelerate config`, which splits a model as well")
     return args
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds: --help and a wrong flag answer at once
+    sys.stderr = io.TextIOWrapper(Stderr(2, "w"), write_through=True)
     ARGS = parse_args()
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchvision that nothing here needs
+    if not sys.stderr.isatty():  # the seconds between two lines of a bar
+        os.environ.update(TQDM_MININTERVAL="30", TQDM_MAXINTERVAL="60")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about a missing torchvision, which is not needed
 if os.environ.get("RANK", "0") != "0":
-    os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars: those of one process will do
+    os.environ["TQDM_DISABLE"] = "1"  # the libraries' progress bars: one process is enough
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a CPU kernel that is not needed
 
 import huggingface_hub
 import numpy as np
 import torch
-from accelerate import Accelerator, utils
+from accelerate import Accelerator, cpu_offload, utils
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
@@ -298,98 +380,122 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
+
+with contextlib.suppress(ImportError):  # if it is there, Pillow reads the photos of iPhones
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 log = get_logger(__name__)
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"}
+IMAGE_SUFFIXES = ".jpg .jpeg .jfif .png .webp .avif .heic .heif .bmp .gif .tif .tiff".split()
 CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as in an imagefolder of the datasets library
 ENCODED = ".encoded"  # folder in output_dir for what is encoded once, while a run lasts
-KEPT_BYTES = 2**30  # of scaled images that stay in memory: decoding a photo can take longer than an update
+KEPT_PIXELS = 2**28  # of images that stay in memory, 1 GiB: decoding a photo can take longer than an update
 
 
 def derive_seed(*parts):
     """One seed from the run's seed and what a draw belongs to, so that no draw depends on those made before it."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:7], "little")
 
 
 def list_images(folder):
-    """Image files of a folder in sorted order; hidden ones are left out."""
-    paths = (path for path in sorted(Path(folder).iterdir()) if not path.name.startswith(".") and path.is_file())
-    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    """Image files of a folder in sorted order, without hidden ones."""
+    files = [path for path in sorted(Path(folder).glob("[!.]*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return list(filter(Path.is_file, files))
 
 
 def open_image(source, reach, number, alpha_mask=False):
-    """RGB image of a path, of a file's bytes or of a dataset's {"bytes", "path"}; `number` names one without path.
+    """RGB image of a path or of a dataset's {"bytes", "path"}; `number` names one that has no path.
 
-    EXIF rotation applied, 16 bits scaled to 8, transparent parts on white; `alpha_mask` adds a band that says where.
-    Photos are decoded no larger than covers `reach` pixels, which is faster. Errors: ValueError that names the image.
+    EXIF rotation is applied, 16 bits are scaled to 8, transparent parts become white; `alpha_mask` keeps the alpha as
+    a fourth band. JPEGs are decoded no larger than needed to cover `reach` pixels. Errors: ValueError with its name.
     """
-    path = source if isinstance(source, str | Path) else None
-    if isinstance(source, dict):
-        path, source = source["path"], source["bytes"] or source["path"]
+    if not isinstance(source, dict):
+        source = {"path": source, "bytes": None}
+    path = source["path"]
+    file = io.BytesIO(source["bytes"]) if source["bytes"] else path
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(file) as image:
             image.draft(None, (reach, reach))
             image = ImageOps.exif_transpose(image)
         if image.mode == "F":
-            raise ValueError("floating-point pixels, of a range that nobody knows: save it with 8 or 16 bits")
+            raise ValueError("its pixels are floating-point numbers of unknown range: save it with 8 or 16 bits")
         if image.mode.startswith("I"):
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         alpha = 255
         if image.has_transparency_data:
             image = image.convert("RGBA")
             alpha = image.getchannel("A")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
         image = image.convert("RGB")
         if alpha_mask:
             image.putalpha(alpha)
         return image
-    except Exception as error:  # PIL's readers raise whatever a damaged file leads them into
+    except Exception as error:  # PIL's readers raise anything on a damaged file
         name = repr(str(path)[:200]) if path else f"of row {number}"
-        raise ValueError(f"the image {name} cannot be read ({error}): repair or remove it") from error
+        raise ValueError(f"the image {name} cannot be read ({error})") from error
 
 
-def scale_image(image, size):
-    """An image scaled until it just covers `size`, (height, width): pixels (H, W, bands) from 0 to 255."""
+def crop_image(image, size, generator, center, flip):
+    """A crop of `size`, (height, width): uint8 (bands, height, width), its place and mirror drawn.
+
+    The image is scaled until it just covers `size`, but only inside the crop: all of 1 x 5000 pixels would take 4 GB.
+    """
     height, width = size
-    if image.height * width < image.width * height:
-        width = image.width * height // image.height
-    else:
-        height = image.height * width // image.width
-    parts = [image.convert("RGB"), *image.split()[3:]]  # apart, or colours would be multiplied by the alpha first
-    return np.dstack([part.resize((width, height), Image.Resampling.BILINEAR) for part in parts])  # with antialiasing
-
-
-def crop_image(pixels, size, generator, center, flip):
-    """A crop of `size` of pixels (H, W, bands): (bands, height, width) in [-1, 1], its place and mirror drawn."""
-    (tall, wide, _), (height, width) = pixels.shape, size
+    rows = max(height, image.height * width // image.width)
+    columns = max(width, image.width * height // image.height)
     down, right, mirror = torch.rand(3, generator=generator).tolist()
-    top = round((tall - height) / 2) if center else int(down * (tall - height + 1))
-    left = round((wide - width) / 2) if center else int(right * (wide - width + 1))
-    pixels = pixels[top : top + height, left : left + width]
+    if center:
+        top = round((rows - height) / 2)
+        left = round((columns - width) / 2)
+    else:
+        top = int(down * (rows - height + 1))
+        left = int(right * (columns - width + 1))
+    x = image.width / columns
+    y = image.height / rows
+    box = (left * x, top * y, (left + width) * x, (top + height) * y)
+    bands = [image.convert("RGB"), *image.split()[3:]]  # apart: PIL would multiply the colours by the alpha
+    crop = np.dstack([band.resize((width, height), Image.Resampling.BILINEAR, box) for band in bands])  # antialiased
     if flip and mirror < 0.5:
-        pixels = pixels[:, ::-1]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1)
+        crop = crop[:, ::-1]
+    return torch.from_numpy(crop.copy()).permute(2, 0, 1)
 
 
 def list_buckets(args):
-    """The sizes (height, width) that images are cropped to; the transformer has to have positions for them."""
+    """The sizes (height, width) that images are cropped to. Refuses what the transformer has no positions for."""
     buckets = [(args.resolution, args.resolution)]
     if args.aspect_ratio_buckets:
-        buckets = training_utils.parse_buckets_string(args.aspect_ratio_buckets)
+        with or_refuse(
+            f"--aspect_ratio_buckets {args.aspect_ratio_buckets!r}: give height,width pairs: 512,768;768,512"
+        ):
+            buckets = training_utils.parse_buckets_string(args.aspect_ratio_buckets)
     elif args.use_aspect_ratio_buckets:
         buckets = training_utils.generate_aspect_ratio_buckets(args.resolution, divisibility=16)
     config = read_transformer_config(args)
     limit = config["pos_embed_max_size"] * config["patch_size"] * 8
-    for height, width in buckets:
-        if max(height, width) > limit:
-            refuse(f"{height}x{width} pixels are too many: the transformer has positions for {limit} a side")
+    for side in sum(buckets, ()):
+        if side % 16 or not 16 <= side <= limit:
+            refuse(f"{side} pixels are no side of a crop: give multiples of 16, at most this transformer's {limit}")
     return buckets
+
+
+def read_caption(number, caption):
+    """Captions of an image to choose from, (text, ...): one, those of a list, or none. Refuses what is not text."""
+    texts = caption if isinstance(caption, list) else [caption]
+    words = [" ".join(text.split()) for text in texts if isinstance(text, str)]
+    if caption is not None and len(words) < len(texts):
+        refuse(f"the caption of row {number} is {caption!r}: give a text or a list of texts")
+    return tuple(filter(None, words))
 
 
 class DreamBoothDataset:
@@ -400,53 +506,88 @@ class DreamBoothDataset:
     """
 
     def __init__(self, args, flag, images, captions):
-        self.args, self.buckets, self.images, self.prompts = args, list_buckets(args), {}, {}
-        self.moments, self.scaled, self.kept_bytes = None, {}, 0
-        prompts = [" ".join(str(caption or "").split()) or args.instance_prompt for caption in captions]
-        if None in prompts:
-            refuse(f"{flag}: {prompts.count(None)} of {len(prompts)} images have no caption: give --instance_prompt")
-        self.sizes, checksums = self.add_images("instance", flag, images, prompts)
+        self.args = args
+        self.buckets = list_buckets(args)
+        self.images = {}  # by kind, "instance" or "class"
+        self.prompts = {}
+        self.moments = None
+        self.kept = {}
+        self.room = KEPT_PIXELS
+        prompts = [read_caption(number, caption) for number, caption in enumerate(captions)]
+        lacking = prompts.count(())
+        if lacking and args.instance_prompt is None:
+            refuse(f"{flag}: {lacking} of {len(prompts)} images have no caption: give --instance_prompt")
+        prompts = [words or (args.instance_prompt,) for words in prompts]
+        self.sizes, checksums, alphas = self.add_images("instance", flag, images, prompts)
         self.digest = derive_seed(prompts, checksums)
-        bare, sizes = prompts.count(args.instance_prompt), dict(Counter(self.sizes))
-        log.info(f"{flag}: {len(images)} images, {bare} with --instance_prompt; (height, width): {sizes}")
+        sizes = dict(Counter(self.sizes))
+        log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {sizes}")
+        if args.alpha_mask and {(0, 0), (255, 255)}.issuperset(alphas):
+            log.warning(f"{flag}: --alpha_mask: each image is fully opaque, or transparent and teaches nothing")
 
     def add_images(self, kind, flag, images, prompts):
-        """Adds the images of a kind and reads each once. Returns the sizes of their crops, and checksums."""
-        self.images[kind], self.prompts[kind] = images, prompts
+        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and ranges of alpha.
+
+        `prompts` are tuples: of each, one is drawn an epoch.
+        """
         if not len(images):
-            refuse(f"{flag}: there is no image")
+            refuse(f"{flag}: there is no image: give a folder that directly holds {', '.join(IMAGE_SUFFIXES)} files")
+        self.images[kind] = images
+        self.prompts[kind] = prompts
 
         def inspect(number):
-            pixels, size = self.load(kind, number)
-            return size, hashlib.sha256(pixels).hexdigest()
+            image = self.load(kind, number)
+            bucket = training_utils.find_nearest_bucket(image.height, image.width, self.buckets)
+            checksum = hashlib.sha256(image.tobytes()).hexdigest()
+            return self.buckets[bucket], checksum, image.split()[-1].getextrema()
 
-        with or_refuse(flag), ThreadPoolExecutor() as pool:
-            return zip(*pool.map(inspect, range(len(images))), strict=True)
+        with ThreadPoolExecutor() as pool:
+            found = [pool.submit(inspect, number) for number in range(len(images))]
+        broken = [str(each.exception()) for each in found if each.exception()]
+        if broken:
+            remedy = "repair or remove them; for HEIC: pip install pillow-heif"
+            refuse(f"{flag}: {len(broken)} of {len(images)} images are broken: {'; '.join(broken[:10])}: {remedy}")
+        return zip(*[each.result() for each in found], strict=True)
 
-    def load(self, kind, number, size=None):
-        """Scaled pixels (H, W, bands) of an image, which stay in memory while there is room, and its crop's size."""
-        image = open_image(self.images[kind][number], max(map(max, self.buckets)), number, self.args.alpha_mask)
-        size = size or self.buckets[training_utils.find_nearest_bucket(image.height, image.width, self.buckets)]
-        pixels = scale_image(image, size)
-        if self.kept_bytes + pixels.nbytes <= KEPT_BYTES:
-            self.kept_bytes += pixels.nbytes
-            self.scaled[kind, number, size] = pixels
-        return pixels, size
+    def load(self, kind, number):
+        """An image, which stays in memory while there is room."""
+        image = self.kept.get((kind, number))
+        if image is None:
+            reach = max(map(max, self.buckets))
+            image = open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
+            self.room -= image.width * image.height
+            if self.room > 0:
+                self.kept[kind, number] = image
+        return image
 
     def __len__(self):
-        return max(len(self.images["instance"]) * self.args.repeats, len(self.images.get("class", ())))
+        instances = len(self.images["instance"]) * self.args.repeats
+        return max(instances, len(self.images.get("class", ())))
+
+    def has_fixed_crops(self):
+        """Whether each image is always seen in the same crop, and there are few enough to stay in memory."""
+        if self.args.random_flip or len(self.scaled) < sum(map(len, self.images.values())):
+            return False
+        whole = all(pixels.shape[:2] == size for (*_, size), pixels in self.scaled.items())
+        return self.args.center_crop or (whole and len(self.buckets) == 1)
 
     def __getitem__(self, place):
         """The examples of an item: instance, then class."""
         epoch, index, copy = place
+        size = self.size(index)
         examples = []
         for kind, images in self.images.items():
-            number, seed = index % len(images), derive_seed(self.args.seed, kind, epoch, index + copy * len(self))
-            prompt = self.prompts[kind][number]
-            if kind == "instance" and random.Random(derive_seed(seed, "caption")).random() < self.args.caption_dropout:
+            number = index % len(images)
+            seed = derive_seed(self.args.seed, kind, epoch, index + copy * len(self))
+            draw = random.Random(derive_seed(seed, "caption"))
+            dropped = draw.random() < self.args.caption_dropout
+            prompt = draw.choice(self.prompts[kind][number])
+            if dropped and kind == "instance":
                 prompt = ""
-            key = kind, number, self.size(index)
-            data = self.pixels(*key, seed) if self.moments is None else self.moments[key]["moments"]
+            if self.moments:
+                data = self.moments[kind, number, size]["moments"][0]
+            else:
+                data = self.pixels(kind, number, size, seed)
             examples.append({"data": data, "prompt": prompt, "seed": seed})
         return examples
 
@@ -455,148 +596,146 @@ class DreamBoothDataset:
         return self.sizes[index % len(self.sizes)]
 
     def pixels(self, kind, number, size, seed):
-        """Pixels (bands, height, width) in [-1, 1] of one image, in the crop that `seed` draws."""
-        scaled = self.scaled.get((kind, number, size))
-        if scaled is None:
-            scaled, _ = self.load(kind, number, size)
+        """Pixels (bands, height, width) of one image from 0 to 255, in the crop that `seed` draws."""
         generator = torch.Generator().manual_seed(derive_seed(seed, "crop"))
-        return crop_image(scaled, size, generator, self.args.center_crop, self.args.random_flip)
+        image = self.load(kind, number)
+        return crop_image(image, size, generator, self.args.center_crop, self.args.random_flip)
 
 
-class EpochSampler:
-    """Batches of places (epoch, index, copy): every index once an epoch, in an order drawn from seed and epoch.
-
-    Batches hold images of one size and are full, and so are updates: what lacks is filled with copies of the epoch's
-    last images, drawn anew. The images of an update depend on its size alone, processes x batch x accumulation. Set
-    `epoch`, and `start` to the batches that a process has done of it, before each pass.
-    """
+class Batches(list):
+    """What a loader reads in an epoch: lists of places, see order_epoch."""
 
     batch_size = None  # tells accelerate that it cannot split them itself
 
-    def __init__(self, args, dataset, processes):
-        self.sizes, self.seed = [dataset.size(index) for index in range(len(dataset))], args.seed
-        self.batch, self.group = args.train_batch_size, args.train_batch_size * processes
-        self.update = self.group * args.gradient_accumulation_steps
-        self.epoch = self.start = 0
 
-    def __len__(self):
-        return len(self.order()) // self.batch
+def order_epoch(args, dataset, processes, epoch, done=0):
+    """Batches of places (epoch, index, copy): every index once, in an order drawn from seed and epoch.
 
-    def order(self):
-        """The epoch's (index, copy): full updates of one size each, then what is left of each size."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        items, filling = [], {}
-        for index in torch.randperm(len(self.sizes), generator=generator).tolist():
-            filling.setdefault(self.sizes[index], []).append((index, 0))
-            if len(filling[self.sizes[index]]) == self.update:
-                items += filling.pop(self.sizes[index])
-        for number, own in enumerate(filling.values(), start=1):
-            items += own
-            missing = -len(items) % (self.update if number == len(filling) else self.group)
-            items += [(own[n % len(own)][0], 1 + n // len(own)) for n in range(missing)]
-        return items
-
-    def __iter__(self):
-        places = [(self.epoch, index, copy) for index, copy in self.order()][self.start * self.group :]
-        yield from (places[first : first + self.batch] for first in range(0, len(places), self.batch))
+    An update, which is processes x batch x accumulation images, is full and of one size: copies, drawn anew, fill up
+    the last one of each size. So it has the same images however they are shared out. Leaves out the `done` updates.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(args.seed, "order", epoch))
+    batch = args.train_batch_size
+    update = processes * batch * args.gradient_accumulation_steps
+    places = []
+    by_size = {}  # less than an update each
+    for index in torch.randperm(len(dataset), generator=generator).tolist():
+        size = dataset.size(index)
+        by_size.setdefault(size, []).append((epoch, index, 0))
+        if len(by_size[size]) == update:
+            places += by_size.pop(size)
+    for rest in by_size.values():
+        for number in range(update - len(rest)):
+            _, index, copy = rest[number]
+            rest.append((epoch, index, copy + 1))
+        places += rest
+    return [places[first : first + batch] for first in range(done * update, len(places), batch)]
 
 
 def collate(items):
     """A batch of B examples, instance images first, then class images."""
-    examples = [example for kind in zip(*items, strict=True) for example in kind]
-    data = torch.stack([example["data"] for example in examples])  # (B, bands, H, W), or moments (B, 2C, h, w)
-    prompts, seeds = ([example[name] for example in examples] for name in ("prompt", "seed"))
-    return {"data": data, "prompts": prompts, "seeds": seeds}
+    examples = sum(zip(*items, strict=True), ())
+    data = [example["data"] for example in examples]
+    return {
+        "data": torch.stack(data),  # (B, bands, H, W), or moments (B, 2C, h, w)
+        "prompts": [example["prompt"] for example in examples],
+        "seeds": [example["seed"] for example in examples],
+    }
 
 
 class TensorFolder:
-    """Dicts of tensors by key, a safetensors file each, which all processes find: 10,000 captions are up to 50 GB."""
+    """Dicts of tensors by key, one safetensors file each, for all processes: 10,000 captions can take 50 GB."""
 
     def __init__(self, args, name):
         self.folder = Path(args.output_dir, ENCODED, name)
 
-    def __setitem__(self, key, tensors):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, self.folder / f"{derive_seed(key)}.safetensors")
+    def path(self, key):
+        return self.folder / f"{derive_seed(key)}.safetensors"
 
     def __getitem__(self, key):
-        return load_file(self.folder / f"{derive_seed(key)}.safetensors")
+        return load_file(self.path(key))
 
-    def fill(self, accelerator, keys, make, title):
-        """Stores what `make` gives for each key, the processes sharing the work."""
+    def fill(self, accelerator, keys, make, title, batch=1):
+        """Stores what `make` gives for each key, asked for `batch` keys at once; the processes share the work."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         mine = keys[accelerator.process_index :: accelerator.num_processes]
-        for key in tqdm(mine, desc=title, disable=not accelerator.is_main_process):
-            self[key] = make(key)
+        for first in tqdm(range(0, len(mine), batch), desc=title, disable=not accelerator.is_main_process):
+            some = mine[first : first + batch]
+            made = make(some)
+            for number, key in enumerate(some):
+                tensors = {name: tensor[number : number + 1].cpu().contiguous() for name, tensor in made.items()}
+                with or_refuse(f"{self.folder} cannot be written"):
+                    save_file(tensors, self.path(key))
         accelerator.wait_for_everyone()
 
 
 def read_folder(args, flag, folder):
-    """Images of a folder and a caption or None for each, from the files beside them or by the datasets library."""
-    if any(Path(folder).glob("metadata.*")):
+    """Images of a folder and a caption or None for each, from the files beside them or from its metadata file."""
+    if any(Path(folder, name).is_file() for name in METADATA):
         return read_dataset(args, flag, folder, "image", args.caption_column or "text")
-    images, captions = list_images(folder), []
-    if not images:
-        deeper = next((path.parent for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES), None)
-        where = f"it has none itself, but {deeper} has" if deeper else "it has none"
-        refuse(f"{flag} {folder!r}: {where}: give a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files")
+    unused = (args.dataset_split, args.image_column, args.caption_column)
+    if args.instance_data_dir and unused != ("train", "image", None):
+        log.warning(f"{flag} {folder!r} has no metadata file: split and columns of a dataset have no effect")
+    images = list_images(folder)
+    captions = []
     for image in images:
-        beside = next((path for path in map(image.with_suffix, CAPTION_SUFFIXES) if path.is_file()), None)
+        beside = next(filter(Path.is_file, map(image.with_suffix, CAPTION_SUFFIXES)), None)
         with or_refuse(f"{beside} is not UTF-8 text: save it as such"):
-            captions.append(beside.read_text(encoding="utf-8-sig") if beside else None)
-    used = {path.with_suffix(suffix).name for path in images for suffix in (path.suffix, *CAPTION_SUFFIXES)}
-    others = sorted({path.name for path in Path(folder).iterdir()} - used)
-    if others:
-        log.warning(f"{flag} {folder}: passed over {', '.join(others[:10])}{' ...' if len(others) > 10 else ''}")
+            captions.append(beside and beside.read_text(encoding="utf-8-sig"))
     return images, captions
 
 
 def read_dataset(args, flag, name, image_column, caption_column):
-    """Images of a dataset, a path or a Hub id, decoded when they are used, and a caption or None for each."""
-    path, options = Path(name), {"split": args.dataset_split, "cache_dir": args.cache_dir}
-    with or_refuse(f"{flag} {name!r} cannot be read"):
+    """Images of a dataset, decoded when they are used, and captions or None for each.
+
+    `name` is a Hub id, a folder of save_to_disk, or a folder of images with a metadata file.
+    """
+    remedy = (
+        "a folder's name must be without brackets, each file_name in its metadata that of a file in it;"
+        " other files of images than parquet have to be unpacked; --cache_dir moves what is written"
+    )
+    with or_refuse(f"{flag} {name!r} cannot be read: {remedy}"):
         import datasets
 
-        if Path(path, "state.json").is_file() or Path(path, "dataset_dict.json").is_file():
-            saved = datasets.load_from_disk(name)
-            splits = saved if isinstance(saved, dict) else {str(saved.split): saved, "train": saved}
-            if args.dataset_split not in splits:
-                raise ValueError(f"--dataset_split {args.dataset_split!r} is not in it, but {', '.join(splits)}")
-            rows = splits[args.dataset_split]
-        elif any(path.glob("metadata.*")):
-            rows = datasets.load_dataset("imagefolder", data_dir=name, **options)
-        elif path.is_file():
-            form = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
-            rows = datasets.load_dataset(form, data_files=name, **options)
+        if Path(name, "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(Path(name, args.dataset_split))
+        elif Path(name, "state.json").is_file():
+            rows = datasets.load_from_disk(name)
         else:
-            rows = datasets.load_dataset(name, args.dataset_config_name, **options)
-    for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-        if column and column not in rows.column_names:
-            refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
-    captions = rows[caption_column][:] if caption_column else [None] * len(rows)
-    if isinstance(rows.features[image_column], datasets.Image):
-        return rows.cast_column(image_column, datasets.Image(decode=False))[image_column], captions
-    beside = path.parent if path.is_file() else Path()  # paths are relative to the file they stand in
-    images = [row if not isinstance(row, str) or "://" in row else str(beside / row) for row in rows[image_column]]
+            split = args.dataset_split
+            rows = datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
+        missing = {image_column, caption_column} - {None, *rows.column_names}
+        if missing:
+            refuse(f"{flag} {name!r} has no column {' or '.join(missing)}, but {', '.join(rows.column_names)}")
+        if not isinstance(rows.features[image_column], datasets.Image | datasets.Value | dict):
+            raise TypeError("it has arrays for images: cast them to datasets.Image")
+        images = rows.cast_column(image_column, datasets.Image(decode=False))[image_column]
+        captions = rows[caption_column][:] if caption_column else [None] * len(rows)
+        label = rows.features.get(caption_column)
+        if isinstance(label, datasets.ClassLabel):
+            captions = label.int2str(captions)
     return images, captions
 
 
 def read_instances(args):
     """The images to train on, with their prompts."""
     if args.dataset_name:
-        flag, columns = "--dataset_name", (args.image_column, args.caption_column)
-        return DreamBoothDataset(args, flag, *read_dataset(args, flag, args.dataset_name, *columns))
-    flag = "--instance_data_dir"
-    return DreamBoothDataset(args, flag, *read_folder(args, flag, args.instance_data_dir))
+        flag = "--dataset_name"
+        found = read_dataset(args, flag, args.dataset_name, args.image_column, args.caption_column)
+    else:
+        flag = "--instance_data_dir"
+        found = read_folder(args, flag, args.instance_data_dir)
+    return DreamBoothDataset(args, flag, *found)
 
 
 def read_held_out(args):
     """The images of --validation_data_dir, cropped in the middle; None without the flag."""
     if not args.validation_data_dir:
         return None
-    changed = {"center_crop": True, "random_flip": False, "repeats": 1, "seed": 0, "caption_dropout": 0}
-    changed["instance_prompt"] = args.instance_prompt or ""
-    plain, flag = argparse.Namespace(**vars(args) | changed), "--validation_data_dir"
+    prompt = args.instance_prompt or ""
+    fixed = {"center_crop": True, "random_flip": False, "repeats": 1, "seed": 0, "caption_dropout": 0}
+    plain = argparse.Namespace(**vars(args) | fixed | {"instance_prompt": prompt})
+    flag = "--validation_data_dir"
     return DreamBoothDataset(plain, flag, *read_folder(args, flag, args.validation_data_dir))
 
 
@@ -608,57 +747,58 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 
 
 def read_pipeline(args):
-    """Parts of the base pipeline, {name: (library, class)}, from model_index.json. Anything but an SD3 is refused."""
-    model, hub = args.pretrained_model_name_or_path, {"cache_dir": args.cache_dir, "revision": args.revision}
-    try:
-        index = dict(StableDiffusion3Pipeline.load_config(model, **hub))
-    except (OSError, TypeError, ValueError) as error:
-        cause = str(error.__context__ or error).strip().splitlines()[0]  # diffusers says the same of all causes
-        remedy = "give a diffusers folder or a Hub id; for a gated model accept its licence and run `hf auth login`"
-        refuse(f"--pretrained_model_name_or_path {model!r}: no model_index.json can be read ({cause}): {remedy}")
-    left_out = {"text_encoder_3", "tokenizer_3"} if args.no_t5 else set()
-    parts = {name: tuple(e) for name, e in index.items() if isinstance(e, list) and e[0] and name not in left_out}
+    """Parts of the base pipeline, {name: (library, class)}, from model_index.json. Refuses anything but an SD3."""
+    model = args.pretrained_model_name_or_path
+    remedy = "give a diffusers folder or a Hub id; for a gated model accept its licence and run `hf auth login`"
+    with or_refuse(f"--pretrained_model_name_or_path {model!r}: no model_index.json can be read: {remedy}"):
+        index = StableDiffusion3Pipeline.load_config(model, cache_dir=args.cache_dir, revision=args.revision)
+        parts = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
+    if args.no_t5:
+        parts.pop("text_encoder_3", None)
+        parts.pop("tokenizer_3", None)
     needed = dict.fromkeys(("vae", *TEXT_ENCODERS[:2], *TOKENIZERS[:2]), "")
     needed |= {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatch"}
     for name in needed | parts:
         library, class_name = parts.get(name, ("nothing", ""))
         if library not in ("diffusers", "transformers") or needed.get(name, "") not in class_name:
             found = f"its {name} is {library} {class_name}"
-            refuse(f"--pretrained_model_name_or_path {model!r} is no SD3 pipeline: {found}")
+            refuse(f"--pretrained_model_name_or_path {model!r} is not an SD3 pipeline: {found}")
+    for name, field in (("vae", "scaling_factor"), ("vae", "shift_factor"), ("scheduler", "shift")):
+        with or_refuse(f"{name} of {model!r} cannot be used"):
+            number = sketch_part(args, parts, name).config[field]
+            if number is None or number <= 0:
+                raise ValueError(f"its {field} is {number}")
     return parts
 
 
-def load_part(args, parts, name, checkpoint=None, **kwargs):
-    """One part of the base pipeline or of a checkpoint, refused if it is damaged; a model is frozen."""
-    (library, class_name), model = parts[name], str(checkpoint or args.pretrained_model_name_or_path)
-    variant = None if checkpoint else args.variant
-    with or_refuse(f"{name} of {model!r} cannot be loaded{f' in the variant {variant!r}' if variant else ''}"):
-        part_class = getattr(importlib.import_module(library), class_name)
-        if not hasattr(part_class, "parameters"):  # a tokenizer or the scheduler
-            part = part_class.from_pretrained(model, **where(args, name))
-            if name in TOKENIZERS and part.unk_token_id in part("photo", add_special_tokens=False).input_ids:
-                raise ValueError("it knows no word: a file of it is missing")
-            return part
-        kwargs |= {"variant": variant, "output_loading_info": True, **where(args, name)}
-        meta = name == "transformer" and importlib.metadata.version("diffusers") >= "0.40"  # spares seconds and a copy
-        with torch.device("meta") if meta and not kwargs.get("quantization_config") else contextlib.nullcontext():
-            part, found = part_class.from_pretrained(model, **kwargs)
-        odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
-        if odd and getattr(part, "hf_quantizer", None) is None:
-            raise ValueError(f"its weights do not fit its config: {odd[0]}, {len(odd)} in all")
-        if name == "vae" and part.config.shift_factor is None:
-            raise ValueError("it has no shift_factor, so that it is no SD3's")
-    return part.requires_grad_(False).eval()
+def has_room(device, size):
+    """Whether a CUDA device has `size` bytes left; other devices always do."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0] >= size
 
 
-def where(args, name):
+def source_of(args, name):
+    """from_pretrained arguments that find a part of the base model."""
     return {"subfolder": name, "revision": args.revision, "cache_dir": args.cache_dir}
 
 
+def device_of(accelerator):
+    """The process's device; "cpu" where several processes have "cpu:0", which libraries take for a GPU."""
+    if accelerator.device.type == "cpu":
+        return torch.device("cpu")
+    return accelerator.device
+
+
+def is_split(accelerator):
+    """Whether FSDP2 splits what is trained over the processes."""
+    return accelerator.distributed_type.value == "FSDP"
+
+
 def on_device(accelerator, dtype):
-    """Has from_pretrained put weights on the device as they are read, without a copy in the host's memory."""
-    cpu = accelerator.device.type == "cpu"  # of several processes "cpu:0", which transformers 4 takes for a GPU
-    return {"torch_dtype": dtype, "device_map": {"": "cpu" if cpu else str(accelerator.device)}}
+    """from_pretrained arguments that load weights straight onto the device."""
+    return {"torch_dtype": dtype, "device_map": {"": str(device_of(accelerator))}}
 
 
 def frozen_dtype(accelerator):
@@ -666,118 +806,178 @@ def frozen_dtype(accelerator):
     return DTYPES.get(accelerator.mixed_precision, torch.float32)
 
 
-def read_transformer_config(args):
-    return SD3Transformer2DModel.load_config(args.pretrained_model_name_or_path, **where(args, "transformer"))
+def class_of(parts, name):
+    """The class of a part, in diffusers or transformers."""
+    library, class_name = parts[name]
+    return getattr(importlib.import_module(library), class_name)
+
+
+def load_part(args, parts, name, checkpoint=None, **options):
+    """A part of the base pipeline or of a checkpoint, a model frozen. Refuses damaged ones."""
+    if name == "transformer":
+        checkpoint = checkpoint or args.pretrained_transformer_model_name_or_path
+    model = str(checkpoint or args.pretrained_model_name_or_path)
+    what = f"{name} of {model!r} cannot be loaded"
+    if args.variant and not checkpoint:
+        what += f" in the variant {args.variant!r}"
+        options["variant"] = args.variant
+    with or_refuse(what):
+        part_class = class_of(parts, name)
+        if not hasattr(part_class, "parameters"):
+            return load_tokenizer_or_scheduler(part_class, model, source_of(args, name))
+        if model.endswith(".safetensors"):  # with the names of diffusers or of ComfyUI
+            part = part_class.from_single_file(
+                model,
+                config=args.pretrained_model_name_or_path,
+                config_revision=args.revision,
+                subfolder=name,
+                device=options.get("device_map", {"": "cpu"})[""],
+                **options,
+            )
+            return part.requires_grad_(False)
+        # Built on the meta device, the transformer is loaded faster and without a second copy.
+        modern = utils.compare_versions("diffusers", ">=", "0.40.0")
+        on_meta = name == "transformer" and modern and not options.get("quantization_config")
+        options |= source_of(args, name)
+        with torch.device("meta") if on_meta else contextlib.nullcontext():
+            part, info = part_class.from_pretrained(model, **options, output_loading_info=True)
+        wrong = sum(map(list, info.values()), [])  # keys that are missing, unexpected, of another shape
+        if wrong and getattr(part, "hf_quantizer", None) is None:
+            raise ValueError(f"its weights do not fit its config: {wrong[0]}, {len(wrong)} in all")
+    return part.requires_grad_(False).eval()
+
+
+def load_tokenizer_or_scheduler(part_class, model, source):
+    """A part without weights. Errors: ValueError for a tokenizer without words or length."""
+    part = part_class.from_pretrained(model, **source)
+    if hasattr(part, "unk_token_id"):
+        unknown = part.unk_token_id in part("photo", add_special_tokens=False).input_ids
+        if unknown or part.model_max_length > 2**20:
+            raise ValueError("it has no vocabulary or no length: a tokenizer file is missing")
+    return part
 
 
 def load_scheduler(args, parts, accelerator):
     """The base's scheduler, with the tables of timesteps and sigmas for training, (1000,) each, on the device."""
     scheduler = load_part(args, parts, "scheduler")
-    tables = type(scheduler).from_config(scheduler.config, shift=args.training_shift or scheduler.config.shift)
-    scheduler.timesteps = tables.timesteps.to(accelerator.device)
-    scheduler.sigmas = tables.sigmas.to(accelerator.device)
+    shifted = type(scheduler).from_config(scheduler.config, shift=args.training_shift or scheduler.config.shift)
+    scheduler.timesteps = shifted.timesteps.to(accelerator.device)
+    scheduler.sigmas = shifted.sigmas.to(accelerator.device)
     return scheduler
 
 
+def read_transformer_config(args):
+    return SD3Transformer2DModel.load_config(args.pretrained_model_name_or_path, **source_of(args, "transformer"))
+
+
 def sketch_part(args, parts, name):
-    """A model of the pipeline by its config alone, frozen, on the meta device: sizes without values."""
-    (library, class_name), model = parts[name], args.pretrained_model_name_or_path
+    """A part of the pipeline that is no tokenizer, without weights: its config, names and sizes of its layers."""
+    model = args.pretrained_model_name_or_path
+    if name == "transformer":
+        model = args.pretrained_transformer_model_name_or_path or model
+    if model.endswith(".safetensors"):
+        return load_part(args, parts, name, device_map={"": "meta"})
     with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
-        part_class = getattr(importlib.import_module(library), class_name)
-        if library == "diffusers":
-            part = part_class.from_config(part_class.load_config(model, **where(args, name)))
+        kind = class_of(parts, name)
+        if name in TEXT_ENCODERS:
+            part = kind(kind.config_class.from_pretrained(model, **source_of(args, name)))
         else:
-            part = part_class(part_class.config_class.from_pretrained(model, **where(args, name)))
-    return part.requires_grad_(False)
+            part = kind.from_config(kind.load_config(model, **source_of(args, name)))
+    return part
 
 
-def choose_targets(args, parts, accelerator):
-    """Models that are trained, by their name in the pipeline, each of them whole; refuses flags that exclude it."""
-    names = [name for name in TEXT_ENCODERS if args.train_text_encoder and name in parts]
-    if "text_encoder_3" in names and accelerator.mixed_precision == "fp16":
-        refuse("--train_text_encoder: T5 overflows in fp16: take --mixed_precision bf16 or no, or --no_t5")
-    if args.full_bf16 and accelerator.mixed_precision != "bf16":
-        refuse(f"--full_bf16 needs --mixed_precision bf16, not {accelerator.mixed_precision}")
-    if (args.full_bf16 or args.fused_backward_pass) and args.optimizer == "prodigy":
-        refuse("--full_bf16, --fused_backward_pass update weight by weight, prodigy all at once: take adamw")
-    if args.fused_backward_pass:
-        if accelerator.scaler or args.gradient_accumulation_steps * accelerator.num_processes > 1:
-            refuse("--fused_backward_pass keeps no gradient: it needs accumulation 1, one process, and no fp16")
-        if math.isfinite(args.max_grad_norm):
-            log.warning("--fused_backward_pass: --max_grad_norm has no effect, for no gradient is kept")
-    sketch_part(args, parts, "transformer")  # a config that cannot be used is refused now
-    return dict.fromkeys(["transformer", *names])
+def load_to_train(args, parts, accelerator, name, dtype, checkpoint=None, **options):
+    """A model to be trained, on the device.
+
+    Under FSDP2 it is on the CPU, and only the main process reads the weights: hand_out sends them to the others.
+    """
+    if not is_split(accelerator):
+        return load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype) | options)
+    if accelerator.is_main_process:
+        return load_part(args, parts, name, checkpoint, torch_dtype=dtype)
+    return sketch_part(args, parts, name).to(dtype).to_empty(device="cpu")
 
 
-def make_trainable(args, model, layers):
-    """Has every parameter of a model trained."""
-    model.requires_grad_(True)
+def load_frozen(args, parts, accelerator, name, dtype):
+    """A text encoder or transformer on the device, or on the CPU: its layers then pass through the device as they run.
 
-
-def load_trained(args, parts, accelerator, targets, checkpoint):
-    """The models of `targets`, every parameter of which is trained: the base's or a checkpoint's."""
-    if accelerator.is_main_process:  # what is not trained is saved now: later there is less memory, or a full disk
-        for name in parts.keys() - set(targets):
-            load_part(args, parts, name).save_pretrained(Path(args.output_dir, name))
-    trained, dtype = {}, torch.bfloat16 if args.full_bf16 else torch.float32
-    for name, layers in targets.items():
-        model = load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype))
-        make_trainable(args, model, layers)
-        trained[name] = model.train()
-    return trained
-
-
-def trained_parameters(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    On the CPU are text encoders with --offload, and what does not fit with a fifth to spare for the activations.
+    """
+    size = utils.compute_module_sizes(sketch_part(args, parts, name), dtype=dtype)[""]
+    device = device_of(accelerator)
+    if args.offload and name in TEXT_ENCODERS or not has_room(device, 1.2 * size):
+        return cpu_offload(load_part(args, parts, name, torch_dtype=dtype), device)
+    return load_part(args, parts, name, **on_device(accelerator, dtype))
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
 
+TEXT_BATCH = 16  # prompts at once: where T5 waits on the CPU, 9.5 GB cross the bus for each batch
+
 
 class PromptTable:
-    """Embeds of prompts: looked up for frozen encoders, gone once the table is full; `trained` ones are called."""
+    """Prompt embeddings: read from disk for frozen encoders (freed after encoding), computed for trained ones."""
 
     def __init__(self, args, parts, accelerator, dtype, targets=()):
-        self.args, self.accelerator, self.dtype, self.trained = args, accelerator, dtype, {}
+        self.args = args
+        self.accelerator = accelerator
+        self.dtype = dtype
         self.width = read_transformer_config(args)["joint_attention_dim"]
-        present = [(e, t) for e, t in zip(TEXT_ENCODERS, TOKENIZERS, strict=True) if e in parts]
-        self.tokenizers = {encoder: load_part(args, parts, tokenizer) for encoder, tokenizer in present}
+        self.tokenizers = {}
+        self.tables = {}  # of the frozen encoders
+        self.trained = {}  # the models that are trained, by name, once they are loaded
+        for encoder, tokenizer in zip(TEXT_ENCODERS, TOKENIZERS, strict=True):
+            if encoder in parts:
+                self.tokenizers[encoder] = load_part(args, parts, tokenizer)
+                if encoder not in targets:
+                    self.tables[encoder] = TensorFolder(args, f"{encoder} {dtype}")
         if "text_encoder_3" in self.tokenizers:
             self.tokenizers["text_encoder_3"].model_max_length = args.max_sequence_length
-        tables = self.tables = {e: TensorFolder(args, f"{e} {dtype}") for e in self.tokenizers if e not in targets}
+        # What was read last stays on the device. Captures `tables`, not self: no reference cycle.
+        tables = self.tables
         send = functools.partial(utils.send_to_device, device=accelerator.device)
-        # What was read last stays on the device. The cache knows `tables`, not self, so that it goes with this table.
         self.look_up = functools.lru_cache(64)(lambda name, prompt: send(tables[name][prompt]))
 
     def fill(self, parts, prompts):
-        """Encodes each prompt once with each frozen encoder, the processes sharing the work, one encoder at a time."""
+        """Encodes each prompt once with each frozen encoder, one encoder at a time; the processes share the work."""
         for name, table in self.tables.items():
-            encoder = load_part(self.args, parts, name, **on_device(self.accelerator, self.dtype))
+            encoder = load_frozen(self.args, parts, self.accelerator, name, self.dtype)
+            encode = functools.partial(self.encode, encoder=encoder, name=name)
             with torch.no_grad():
-                encode = functools.partial(self.encode, encoder=encoder, name=name)
-                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}")
+                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}", TEXT_BATCH)
             del encoder, encode
             training_utils.free_memory()
 
     def report_cut(self, prompts):
-        """Names the prompts that CLIP or T5 reads only in part, ten at most, with the words that are lost."""
+        """Warns of prompts that CLIP or T5 cannot read to the end, ten at most, with the words that are lost."""
         cut = {}
-        for name in sorted(self.tokenizers.keys() & {"text_encoder", "text_encoder_3"}):
-            tokenizer, reader = self.tokenizers[name], "T5" if name == "text_encoder_3" else "CLIP"
-            for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
-                if lost := ids[tokenizer.model_max_length - 1 : -1]:
-                    cut.setdefault(prompt, []).append(f"{reader} loses {tokenizer.decode(lost)!r}")
+        for name in sorted({"text_encoder", "text_encoder_3"} & self.tokenizers.keys()):
+            tokenizer = self.tokenizers[name]
+            for prompt in prompts:
+                lost = tokenizer(prompt, verbose=False).input_ids[tokenizer.model_max_length - 1 : -1]
+                if lost:  # what T5 loses, CLIP loses too
+                    cut[prompt] = f"{name} loses {tokenizer.decode(lost)!r}"
         for prompt in list(cut)[:10]:
-            log.warning(f"the prompt {prompt[:60]!r} is too long: {', '.join(cut[prompt])}")
+            log.warning(f"the prompt {prompt[:60]!r} is too long: {cut[prompt]}")
         log.info(f"{len(prompts)} different prompts, {len(cut)} of them cut")
 
     def encode(self, prompts, encoder, name):
         """One encoder's part of the text: states (B, tokens, width) and, of a CLIP, the pooled output (B, width)."""
-        ids = self.tokenizers[name](prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        output = encoder(ids.to(self.accelerator.device), output_hidden_states=True)
+        tokens = self.tokenizers[name](prompts, padding="max_length", truncation=True, return_tensors="pt")
+        output = encoder(tokens.input_ids.to(self.accelerator.device), output_hidden_states=True)
         if name == "text_encoder_3":
             return {"states": output[0]}
         return {"states": output.hidden_states[-2], "pooled": output.text_embeds}
+
+    def embed_with(self, name, prompts):
+        """One encoder's part of the text, computed if the encoder is trained, else looked up."""
+        if name in self.trained:
+            return self.encode(prompts, self.trained[name], name)
+        found = [self.look_up(name, prompt) for prompt in prompts]
+        parts = {}
+        for part in found[0]:
+            parts[part] = torch.cat([each[part] for each in found])
+        return parts
 
     def __call__(self, prompts):
         """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts.
@@ -785,19 +985,16 @@ class PromptTable:
         The CLIPs' states side by side, zero-padded to the joint width D, then T5's states along the token axis; the
         pooled outputs side by side. As in StableDiffusion3Pipeline.encode_prompt. Without T5 its part is zeros.
         """
-        encoded = {}
-        for name in self.tokenizers:
-            if name in self.trained:
-                encoded[name] = self.encode(prompts, self.trained[name], name)
-            else:
-                found = [self.look_up(name, prompt) for prompt in prompts]
-                encoded[name] = {part: torch.cat([f[part] for f in found]) for part in found[0]}
-        clip_l, clip_g = encoded["text_encoder"], encoded["text_encoder_2"]
+        clip_l = self.embed_with("text_encoder", prompts)
+        clip_g = self.embed_with("text_encoder_2", prompts)
+        pooled = torch.cat([clip_l["pooled"], clip_g["pooled"]], dim=-1)
         clips = torch.cat([clip_l["states"], clip_g["states"]], dim=-1)
         clips = torch.nn.functional.pad(clips, (0, self.width - clips.shape[-1]))
-        zeros = {"states": clips.new_zeros(len(prompts), self.args.max_sequence_length, self.width)}
-        t5 = encoded.get("text_encoder_3", zeros)["states"].to(clips.dtype)
-        return torch.cat([clips, t5], dim=-2), torch.cat([clip_l["pooled"], clip_g["pooled"]], dim=-1)
+        if "text_encoder_3" in self.tokenizers:
+            t5 = self.embed_with("text_encoder_3", prompts)["states"].to(clips.dtype)
+        else:
+            t5 = clips.new_zeros(len(prompts), self.args.max_sequence_length, self.width)
+        return torch.cat([clips, t5], dim=-2), pooled
 
 
 # ---- Flow matching --------------------------------------------------------------------------------------------------
@@ -805,7 +1002,7 @@ class PromptTable:
 
 @contextlib.contextmanager
 def on_loan(vae, device):
-    """Has the VAE on the device in a with block; its weights stay on the CPU as well, so none is copied back."""
+    """Moves the VAE to `device` for the with block, keeping its CPU weights: none is copied back."""
     waiting = [(parameter, parameter.data) for parameter in vae.parameters()]
     vae.to(device)
     try:
@@ -816,7 +1013,8 @@ def on_loan(vae, device):
 
 
 def encode_moments(vae, pixels):
-    """Posterior of pixels (B, 3 or 4, H, W): mean, deviation and a fourth band as mask, (B, 2C or 2C + 1, h, w)."""
+    """Posterior of uint8 pixels (B, 3 or 4, H, W): mean, deviation, mask of a fourth band: (B, 2C or 2C + 1, h, w)."""
+    pixels = pixels.float().div_(127.5).sub_(1)
     with torch.no_grad(), on_loan(vae, pixels.device):
         posterior = vae.encode(pixels[:, :3]).latent_dist
     moments = [posterior.mean, posterior.std]
@@ -829,15 +1027,19 @@ def encode_moments(vae, pixels):
 def cache_moments(dataset, vae, accelerator, name):
     """Encodes every image of the dataset once, in one crop each."""
 
-    def encode(key):
+    def encode(keys):
+        (key,) = keys
         pixels = dataset.pixels(*key, derive_seed(dataset.args.seed, "cache", *key))
-        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))[0]}
+        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))}
 
-    places = [(kind, images, index) for kind, images in dataset.images.items() for index in range(len(dataset))]
-    keys = dict.fromkeys((kind, index % len(images), dataset.size(index)) for kind, images, index in places)
+    keys = {}  # a dict keeps their order
+    for kind, images in dataset.images.items():
+        for index in range(len(dataset)):
+            keys[kind, index % len(images), dataset.size(index)] = None
     moments = TensorFolder(dataset.args, name)
     moments.fill(accelerator, list(keys), encode, "Caching latents")
-    dataset.moments, dataset.scaled = moments, {}
+    dataset.moments = moments
+    dataset.kept.clear()
 
 
 def draw_latents(args, vae_config, moments, seeds, device):
@@ -847,149 +1049,176 @@ def draw_latents(args, vae_config, moments, seeds, device):
     [0, 1] is of the density of --weighting_scheme (SD3 paper, section 3.1). `device` is where they are drawn.
     """
     mean, deviation, *mask = moments.float().split(vae_config.latent_channels, dim=1)
-    density = {name: getattr(args, name) for name in ("logit_mean", "logit_std", "mode_scale")}
-    density |= {"batch_size": 1, "device": device, "weighting_scheme": args.weighting_scheme}
-    normal, u = [], []
+    normal = []
+    densities = []
     for seed in seeds:
         generator = torch.Generator(device).manual_seed(seed)
         normal.append(torch.randn((2, *mean.shape[1:]), generator=generator, device=device))
-        u.append(training_utils.compute_density_for_timestep_sampling(generator=generator, **density))
+        density = training_utils.compute_density_for_timestep_sampling(
+            weighting_scheme=args.weighting_scheme,
+            batch_size=1,
+            logit_mean=args.logit_mean,
+            logit_std=args.logit_std,
+            mode_scale=args.mode_scale,
+            device=device,
+            generator=generator,
+        )
+        densities.append(density)
     sample, noise = torch.stack(normal, dim=1).to(moments.device)
     latents = (mean + deviation * sample - vae_config.shift_factor) * vae_config.scaling_factor
-    return latents, noise, torch.cat(u).to(moments.device), mask[0] if mask else None
+    return latents, noise, torch.cat(densities).to(moments.device), mask[0] if mask else None
 
 
 def flow_losses(args, transformer, scheduler, drawn, text, target=None):
     """Rectified-flow loss of each image, (B,) in float32, and the prediction (SD3 paper, sections 2 and 3.1).
 
     `drawn` is what draw_latents gives, `text` embeds (B, S, D) and pooled embeds (B, P). The scheduler's tables of
-    timesteps and sigmas run from noisy to clean; the shift (section 5.3.2) is already in them. `target` is another
-    prediction, (B, C, h, w); unset: the data.
+    timesteps and sigmas run from noisy to clean; the shift (section 5.3.2) is already in them. `target` replaces the
+    data by another prediction, (B, C, h, w).
     """
-    (latents, noise, u, mask), (embeds, pooled) = drawn, text
-    index = (u * len(scheduler.timesteps)).long().clamp(0, len(scheduler.timesteps) - 1)  # mode reaches u = 1
+    latents, noise, u, mask = drawn
+    embeds, pooled = text
+    levels = len(scheduler.timesteps)
+    index = (u * levels).long().clamp(0, levels - 1)  # mode reaches u = 1
     sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
     noisy = (1 - sigma) * latents + sigma * noise
-    rest = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "return_dict": False}
-    # Under autocast, which is half precision inside and float32 in and out.
-    velocity = transformer(hidden_states=noisy, timestep=scheduler.timesteps[index], **rest)[0].float()
-    prediction, truth = velocity, noise - latents
+    # Under autocast: half precision inside, float32 in and out.
+    velocity = transformer(
+        hidden_states=noisy,
+        timestep=scheduler.timesteps[index],
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        return_dict=False,
+    )[0].float()
     if args.precondition_outputs:
-        prediction, truth = noisy - sigma * velocity, latents
+        prediction = noisy - sigma * velocity
+        truth = latents
+    else:
+        prediction = velocity
+        truth = noise - latents
     error = prediction - (truth if target is None else target)
     weight = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
-    if mask is not None:  # the mean over what it leaves
+    if mask is not None:  # the mean over what the mask leaves
         weight = weight * mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
-    return (weight * error**2).flatten(1).mean(dim=1), prediction
+    losses = (weight * error**2).flatten(1).mean(dim=1)
+    return losses, prediction
 
 
-def batch_losses(args, transformer, scheduler, embed, prompts, drawn):
-    """Loss of each image, (B,); for --fused_backward_pass whether it is finite, for after that the weights differ."""
-    losses, _ = flow_losses(args, transformer, scheduler, drawn, embed(prompts))
-    if args.fused_backward_pass:
-        transformer.loss_is_finite = bool(losses.isfinite().all())
-    return losses
+def loss_weights(args):
+    """Weight of each kind of loss by name, in the order in which batch_losses gives them."""
+    weights = {"instance_loss": 1}
+    if args.with_prior_preservation:
+        weights["prior_loss"] = args.prior_loss_weight
+    if args.output_preservation_weight:
+        weights["preservation_loss"] = args.output_preservation_weight
+    return weights
 
 
 def mean_loss(args, losses):
-    """The loss that is minimised: the instance images' mean, and the class images' by --prior_loss_weight."""
-    if not args.with_prior_preservation:
-        return losses.mean()
-    instance, prior = losses.chunk(2)
-    return instance.mean() + args.prior_loss_weight * prior.mean()
+    """The loss that is minimised: the weighted sum of each kind's mean."""
+    weights = loss_weights(args).values()
+    kinds = losses.chunk(len(weights))
+    return sum(weight * kind.mean() for weight, kind in zip(weights, kinds, strict=True))
 
 
-# ---- Optimizer ------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Frozen:
+    """What is not trained and always travels together."""
+
+    embed: PromptTable
+    vae: torch.nn.Module
+    scheduler: object
+    held_out: DreamBoothDataset | None = None
 
 
-def update_singly(args, optimizer, trained):
-    """With --fused_backward_pass or --full_bf16, has an optimizer update one parameter at a time.
+# ---- What is trained ------------------------------------------------------------------------------------------------
 
-    A bfloat16 one is widened to float32 for its update, and rounded back up or down with the probability that keeps
-    its mean, for to the nearest it would lose small updates.
-    """
-    if not (args.fused_backward_pass or args.full_bf16):
-        return optimizer
-    parameters, step = [p for group in optimizer.param_groups for p in group["params"]], optimizer.step
+RESULT = {  # what the model card says of it and what is uploaded
+    "title": "SD3 DreamBooth",
+    "tags": [],
+    "pipeline": "{result!r}",
+    "usage": "",
+    "files": ["model_index.json", "transformer/*", "vae/*", "scheduler/*", "text_encoder*/*", "tokenizer*/*"],
+}
 
-    def update(parameter, gradient=None):
-        gradient, narrow = parameter.grad if gradient is None else gradient, parameter.data
-        if args.full_bf16:
-            parameter.grad, parameter.data, gradient = None, narrow.float(), gradient.float()
-        parameter.grad = gradient
-        if not args.fused_backward_pass or trained["transformer"].loss_is_finite:
-            step()
-        parameter.grad = None
-        if args.full_bf16:
-            bits = parameter.data.view(torch.int32)
-            bits += torch.randint_like(bits, 2**16)
-            narrow.copy_(bits.bitwise_and_(-(2**16)).view(torch.float32))
-            parameter.data = narrow
 
-    def update_all(self, closure=None):
-        gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-        self.zero_grad(set_to_none=True)
-        for parameter, gradient in gradients:
-            update(parameter, gradient)
-
-    def load(self, saved):  # as it is: torch would copy all of it, in the parameters' precision
-        for group, old in zip(self.param_groups, saved["param_groups"], strict=True):
-            group.update({name: value for name, value in old.items() if name != "params"})
-        for number, state in saved["state"].items():
-            state |= state.pop("__bnb_optimizer_quant_state__", {})  # bitsandbytes wraps what is not of one shape
-            self.state[parameters[number]] = utils.send_to_device(state, parameters[number].device)
-
-    optimizer.step = types.MethodType(update_all, optimizer)
-    optimizer.load_state_dict = types.MethodType(load, optimizer)
+def choose_targets(args, parts, accelerator, checkpoint):
+    """Models that are trained as a whole, by name. Refuses flags that exclude each other, and a damaged config."""
+    names = [name for name in TEXT_ENCODERS if args.train_text_encoder and name in parts]
+    precision = accelerator.mixed_precision
+    if "text_encoder_3" in names and precision == "fp16":
+        refuse("--train_text_encoder: T5 overflows in fp16: take --mixed_precision bf16 or no, or --no_t5")
+    if args.full_bf16 and precision != "bf16":
+        refuse(f"--full_bf16 needs --mixed_precision bf16, not {precision}")
+    if (args.full_bf16 or args.fused_backward_pass) and args.optimizer == "prodigy":
+        refuse("--full_bf16, --fused_backward_pass update weight by weight, prodigy all at once: take adamw")
     if args.fused_backward_pass:
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(update)
-    return optimizer
+        if accelerator.scaler or args.gradient_accumulation_steps * accelerator.num_processes > 1:
+            refuse("--fused_backward_pass keeps no gradient: it needs accumulation 1, one process, and no fp16")
+        if math.isfinite(args.max_grad_norm):
+            log.warning("--fused_backward_pass: --max_grad_norm has no effect, because no gradient is kept")
+    sketch_part(args, parts, "transformer")
+    return dict.fromkeys(["transformer", *names])
 
 
-def make_optimizer(args, accelerator, trained):
-    """AdamW, its 8-bit form or Prodigy, with a parameter group a model."""
-    rate = args.learning_rate
-    if args.scale_lr:
-        rate *= accelerator.num_processes * args.gradient_accumulation_steps * args.train_batch_size
-    groups = []
-    for name, model in trained.items():
-        text = name in TEXT_ENCODERS
-        decay = args.adam_weight_decay_text_encoder if text else args.adam_weight_decay
-        own_rate = args.text_encoder_lr if text and args.optimizer == "adamw" else rate
-        groups.append({"params": trained_parameters(model), "lr": own_rate, "weight_decay": decay, "name": name})
-    shared = {"lr": rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        own = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-        return Prodigy(groups, **shared, **{name: getattr(args, f"prodigy_{name}") for name in own})
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return update_singly(args, AdamW8bit(groups, **shared), trained)
-    # The fused kernel would skip an overflow of fp16 by itself, where nobody sees that the update was none.
-    fused = accelerator.scaler is None and accelerator.device.type in {"cpu", "cuda"}
-    return update_singly(args, torch.optim.AdamW(groups, **shared, fused=fused), trained)
+def make_trainable(args, model, layers):
+    """Makes every parameter of a model trainable."""
+    model.requires_grad_(True)
 
 
-# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+def copy_part(args, name):
+    """Copies the files of a part of the base into output_dir, those of --variant under names that load without it."""
+    base = args.pretrained_model_name_or_path
+    if not Path(base).is_dir():  # it was loaded before, so all of it is in the cache
+        source = {"revision": args.revision, "cache_dir": args.cache_dir}
+        base = huggingface_hub.snapshot_download(base, **source, local_files_only=True)
+    folder = Path(args.output_dir, name)
+    folder.mkdir(exist_ok=True)
+    for path in Path(base, name).iterdir():
+        plain = path.name.replace(f".{args.variant}", "")
+        if "safetensors" in plain or ".bin" in plain:
+            other = plain.removesuffix(".index.json").count(".") > 1  # model.fp16-00001-of-00002.safetensors
+            if other or (plain == path.name) == bool(args.variant):
+                continue
+        shutil.copyfile(path, folder / plain)
+        if plain.endswith(".index.json"):
+            text = path.read_text().replace(f".{args.variant}", "")
+            Path(folder, plain).write_text(text)
 
-FORMAT = 1  # of a checkpoint; raised when a script of before could no longer read it
-MANIFEST, AVERAGE = "dreambooth.json", "ema.safetensors"
-MUST_MATCH = (
-    "method pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam use_ema"
-    " full_bf16 rank lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
-).split()
-MAY_DIFFER = "local_rank cache_dir dataloader_num_workers max_train_steps num_train_epochs"  # and output flags
-SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
+
+def load_trained(args, parts, accelerator, targets, checkpoint):
+    """The models of `targets` with all parameters trainable: the base's or a checkpoint's."""
+    if accelerator.is_main_process:  # now, because later the disk may be full
+        for name in parts.keys() - set(targets):
+            with or_refuse(f"{name} cannot be copied to --output_dir {args.output_dir!r}"):
+                copy_part(args, name)
+    dtype = torch.bfloat16 if args.full_bf16 else torch.float32
+    trained = {}
+    for name, layers in targets.items():
+        model = load_to_train(args, parts, accelerator, name, dtype, checkpoint)
+        make_trainable(args, model, layers)
+        trained[name] = model.train()
+    return trained
 
 
-def save_weights(args, accelerator, trained, folder, final=False):
-    """Writes each trained model into a folder of its name; `final` adds the index of a whole pipeline."""
-    for name, model in trained.items():
-        state = accelerator.get_state_dict(model)  # on each process, for each may have a part of it
-        state = {key.replace("_orig_mod.", ""): weight for key, weight in state.items()}
+def trained_parameters(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def read_state(accelerator, model):
+    """A model's weights by their own names. A collective, because under FSDP2 each process has a part of them."""
+    state = accelerator.get_state_dict(model)
+    # Prefixes of torch.compile and of DDP.
+    return {key.replace("_orig_mod.", "").removeprefix("module."): weight for key, weight in state.items()}
+
+
+def save_weights(args, accelerator, models, folder, parts=None):
+    """Writes each trained model into a folder of its name.
+
+    `parts` are the base pipeline's when the result is written, which also gets the index of a whole pipeline.
+    """
+    for name, model in models.items():
+        state = read_state(accelerator, model)
         if not accelerator.is_main_process:
             continue
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -1000,65 +1229,308 @@ def save_weights(args, accelerator, trained, folder, final=False):
             model.save_pretrained(Path(folder, name))
         else:
             model.save_pretrained(Path(folder, name), state_dict=state)
-    if final and accelerator.is_main_process:
-        parts = read_pipeline(args)
+    if parts and accelerator.is_main_process:
         names = ("transformer", "vae", "scheduler", *TEXT_ENCODERS, *TOKENIZERS)
-        index = {"_class_name": "StableDiffusion3Pipeline"} | {name: parts.get(name, (None, None)) for name in names}
+        index = {"_class_name": "StableDiffusion3Pipeline"}
+        for name in names:
+            index[name] = parts.get(name, (None, None))
         Path(folder, "model_index.json").write_text(json.dumps(index, indent=2))
-    accelerator.wait_for_everyone()
+
+
+def batch_losses(args, accelerator, models, frozen, prompts, drawn):
+    """Loss of each image, (B,)."""
+    with accelerator.autocast():  # accelerate leaves it out under FSDP2
+        losses, _ = flow_losses(args, models["transformer"], frozen.scheduler, drawn, frozen.embed(prompts))
+    return losses
+
+
+def clip_gradient(args, accelerator, trained):
+    """Clips the gradient to --max_grad_norm. Returns its norm before that."""
+    if args.fused_backward_pass:  # the gradient is gone
+        return trained.optimizer.optimizer.pop_norm()
+    return accelerator.clip_grad_norm_(trained.parameters, args.max_grad_norm)
+
+
+class SingleUpdates(torch.optim.Optimizer):
+    """Updates one parameter at a time, for --fused_backward_pass in the backward pass, each by its own optimizer.
+
+    Each update runs in float32. A bfloat16 parameter is then rounded up or down with the probability that keeps its
+    mean, because rounding to the nearest would lose small updates. All processes round alike.
+    """
+
+    def __init__(self, args, groups, defaults, make):
+        super().__init__(groups, defaults)
+        self.args = args
+        self.squared_norm = 0.0
+        self.own = {}
+        for group in self.param_groups:
+            group["updates"] = 0
+            for parameter in group["params"]:
+                wide = torch.nn.Parameter(torch.empty(0, device=parameter.device))
+                optimizer = make([wide])
+                self.own[parameter] = (len(self.own), group, wide, optimizer)
+                self.state[parameter] = optimizer.state[wide]
+                if args.fused_backward_pass:
+                    parameter.register_post_accumulate_grad_hook(self.update)
+
+    def step(self, closure=None):
+        for parameter in self.own:
+            if parameter.grad is not None:
+                self.update(parameter)
+        for group in self.param_groups:
+            group["updates"] += 1
+
+    def update(self, parameter):
+        """Updates a parameter by its gradient, which is freed. With --fused_backward_pass NaN and inf count as 0."""
+        number, group, wide, optimizer = self.own[parameter]
+        wide.data = parameter.data.float()
+        wide.grad = parameter.grad.float()
+        parameter.grad = None
+        if self.args.fused_backward_pass:
+            self.squared_norm += wide.grad.square().sum()
+            wide.grad.nan_to_num_(0, 0, 0)
+        optimizer.param_groups[0].update({name: value for name, value in group.items() if name != "params"})
+        optimizer.step()
+        if self.args.full_bf16:
+            seed = derive_seed(self.args.seed, "rounding", group["updates"], number)
+            generator = torch.Generator(parameter.device).manual_seed(seed)
+            bits = wide.data.view(torch.int32)
+            bits += torch.randint(2**16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
+            parameter.data.copy_(bits.bitwise_and_(-(2**16)).view(torch.float32))
+            wide.data = parameter.data.new_empty(0)
+        wide.grad = None
+
+    def pop_norm(self):
+        """Norm of the gradient since the last call."""
+        norm = self.squared_norm**0.5
+        self.squared_norm = 0.0
+        return norm
+
+    def load_state_dict(self, saved):
+        """Takes a state as it is: torch would copy all of it, in the parameters' precision."""
+        for group, old in zip(self.param_groups, saved["param_groups"], strict=True):
+            group.update({name: value for name, value in old.items() if name != "params"})
+        parameters = list(self.own)
+        for number, state in saved["state"].items():
+            state |= state.pop("__bnb_optimizer_quant_state__", {})  # bitsandbytes wraps what is not of one shape
+            self.state[parameters[number]].update(utils.send_to_device(state, parameters[number].device))
+
+
+# ---- Optimizer ------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(args, accelerator, models):
+    """AdamW, its 8-bit form or Prodigy, with a parameter group for each model."""
+    rate = args.learning_rate
+    if args.scale_lr:
+        rate *= accelerator.num_processes * args.gradient_accumulation_steps * args.train_batch_size
+    groups = []
+    for name, model in models.items():
+        group = {"name": name, "params": trained_parameters(model), "lr": rate, "weight_decay": args.adam_weight_decay}
+        if name in TEXT_ENCODERS:
+            group["weight_decay"] = args.adam_weight_decay_text_encoder
+            if args.optimizer == "adamw":
+                group["lr"] = args.text_encoder_lr
+        groups.append(group)
+    shared = {"lr": rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(
+            groups,
+            **shared,
+            beta3=args.prodigy_beta3,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        make = functools.partial(AdamW8bit, **shared)
+    else:
+        # With a GradScaler the fused kernel skips overflows itself and accelerate cannot tell.
+        fused = accelerator.scaler is None and accelerator.device.type in {"cpu", "cuda"}
+        make = functools.partial(torch.optim.AdamW, **shared, fused=fused)
+    if args.fused_backward_pass or args.full_bf16:
+        return SingleUpdates(args, groups, shared, make)
+    return make(groups)
+
+
+def make_schedule(args, optimizer, total):
+    """The learning rate's factor at each of `total` updates."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max(total, args.lr_warmup_steps + 1),  # polynomial divides by the difference
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+def check_optimizer(args, accelerator):
+    """Makes the optimizer and its schedule on a layer, because each refuses flags of its own."""
+    with or_refuse("these flags of the optimizer and its schedule do not fit together"):
+        optimizer = make_optimizer(args, accelerator, {"transformer": torch.nn.Linear(1, 1)})
+        make_schedule(args, optimizer, 1)
+
+
+@dataclasses.dataclass
+class Trained:
+    """What is trained and always travels together."""
+
+    models: dict  # by name, as accelerate runs them
+    parameters: list
+    optimizer: object
+    schedule: object
+    average: training_utils.EMAModel | None
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+FORMAT = 1  # of a checkpoint; bump it when old and new scripts can no longer read each other's checkpoints
+MANIFEST = "dreambooth.json"
+AVERAGE = "ema.safetensors"
+MUST_MATCH = (
+    "method pretrained_model_name_or_path pretrained_transformer_model_name_or_path revision variant"
+    " train_text_encoder optimizer use_8bit_adam use_ema full_bf16 rank lora_alpha use_rslora use_dora lora_layers"
+    " lora_blocks bnb_quantization_config_path"
+).split()
+MAY_DIFFER = (  # without a word
+    "local_rank cache_dir dataloader_num_workers output_dir logging_dir report_to"
+    " tracker_project_name tracker_run_name checkpointing_steps checkpoints_total_limit resume_from_checkpoint dry_run"
+    " push_to_hub hub_model_id hub_private_repo validation_prompt validation_data_dir num_validation_images"
+    " validation_epochs validation_num_inference_steps validation_guidance_scale skip_final_inference"
+).split()
+LENGTH = ("max_train_steps", "num_train_epochs")  # changes the rate, unless that is constant
+SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")  # of the optimizer's groups: on resume the flags' win
+SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands."""
+
+    facts: dict  # what describe_run gives, for checkpoints
+    caught: list  # numbers of signals
+    step: int  # updates made
+    total: int
+    bar: tqdm | None = None
+    skipped: list = dataclasses.field(default_factory=list)  # updates that were not finite
+    failed: list = dataclasses.field(default_factory=list)  # what went wrong without costing the weights
+    seconds: list = dataclasses.field(default_factory=list)  # of each update
+    losses: list = dataclasses.field(default_factory=list)  # of each update
+    clock: float = 0.0  # when the present update began
+    memory_gb: float = 0.0  # the most so far
+    validation_loss: float = 0.0  # of the held-out images, the last one
+    finished: bool = False
 
 
 def describe_run(args, accelerator, dataset):
-    """The run's flags less the secret, and what else trackers keep and a run that resumes compares."""
-    facts = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    facts["method"] = build_parser().get_default("tracker_project_name")
-    if Path(args.pretrained_model_name_or_path).is_dir():
-        facts["pretrained_model_name_or_path"] = str(Path(args.pretrained_model_name_or_path).resolve())
-    return {**facts, "processes": accelerator.num_processes, "images": dataset.digest}
+    """The run's flags without the secret, and what else trackers keep and a resumed run compares."""
+    facts = vars(args) | {"method": METHOD, "processes": accelerator.num_processes, "images": dataset.digest}
+    del facts["hub_token"]
+    facts["validation_prompt"] = " | ".join(args.validation_prompt or ())  # trackers take no lists
+    base = Path(args.pretrained_model_name_or_path)
+    if base.is_dir():
+        facts["pretrained_model_name_or_path"] = str(base.resolve())
+    return facts
 
 
-def save_checkpoint(args, accelerator, trained, average, run, step):
+def list_states(accelerator, trained):
+    """What this process adds to a checkpoint beside the weights, by file: all of it, or its part under FSDP2."""
+    part = f"_{accelerator.process_index}" if is_split(accelerator) else ""
+    states = {f"optimizer{part}.bin": trained.optimizer, f"scheduler{part}.bin": trained.schedule}
+    if accelerator.scaler:
+        states[f"scaler{part}.pt"] = accelerator.scaler
+    return states
+
+
+def save_checkpoint(args, accelerator, trained, state):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
-    folder = Path(args.output_dir, f"checkpoint-{step}")
+    folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        accelerator.save_state(partial)
-        save_weights(args, accelerator, trained, partial)
-        if accelerator.is_main_process:
-            complete_checkpoint(args, run, average, step, partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # it may be what has filled the disk
-        raise
+    what = f"saving {folder} ({shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free)"
+    failed = []
+    with attempt(failed, what):
+        save_weights(args, accelerator, trained.models, partial)
+        # Under FSDP2 accelerator.save_state would write the whole model as well.
+        partial.mkdir(exist_ok=True)
+        if accelerator.is_main_process or is_split(accelerator):
+            for file, part in list_states(accelerator, trained).items():
+                torch.save(part.state_dict(), partial / file)
+    failed = utils.gather_object(failed)  # now all processes have written their part
     if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        for number, path in list_checkpoints(args.output_dir).items():
-            if number > step:  # the run has gone on from one before it
-                log.warning(f"{path} was of an earlier course: it is now {path.rename(f'{path}.{time.time():.0f}')}")
-        for old in list(list_checkpoints(args.output_dir).values())[args.checkpoints_total_limit or sys.maxsize :]:
-            shutil.rmtree(old)
+        with attempt(failed, what):
+            if not failed:
+                complete_checkpoint(args, trained.average, state, partial)
+                remove(folder)
+                partial.rename(folder)
+                tidy_checkpoints(args, state.step)
+                log.info(f"Saved {folder}")
+        remove(partial)  # it may have filled the disk
+        state.failed += failed[:1]
     accelerator.wait_for_everyone()
-    log.info(f"Saved {folder}")
 
 
-def complete_checkpoint(args, run, average, step, folder):
-    """Adds the averaged weights and the manifest to what accelerate has written, and has it all reach the disk."""
-    for path in folder.glob("random_states_*.pkl"):  # no draw depends on them, and to read a pickle can run code
-        path.unlink()
+def complete_checkpoint(args, average, state, folder):
+    """Adds the averaged weights and the manifest to what is written."""
     if average:
-        state = {str(number): weight.contiguous() for number, weight in enumerate(average.shadow_params)}
-        save_file(state | {"step": torch.tensor(average.optimization_step)}, folder / AVERAGE)
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    manifest = {"format": FORMAT, "step": step, "seed": args.seed, "run": run, "files": sizes}
-    Path(folder, MANIFEST).write_text(json.dumps(manifest, indent=2))
+        tensors = {str(number): weight.contiguous() for number, weight in enumerate(average.shadow_params)}
+        tensors["step"] = torch.tensor(average.optimization_step)
+        save_file(tensors, folder / AVERAGE)
+    write_manifest(args, state, folder, ["**/*"])
+
+
+def write_manifest(args, state, folder, patterns):
+    """Writes what a checkpoint or the result consists of, gives it the umask's mode and flushes it to the disk."""
+    sizes = {}
+    for pattern in patterns:
+        for path in Path(folder).glob(pattern):
+            if path.is_file():
+                sizes[str(path.relative_to(folder))] = path.stat().st_size
+    manifest = {"format": FORMAT, "step": state.step, "seed": args.seed, "run": state.facts, "files": sizes}
+    path = Path(folder, MANIFEST)
+    path.write_text(json.dumps(manifest, indent=2))
     for name in (*sizes, MANIFEST):
-        with Path(folder, name).open("rb+") as file:
-            os.fsync(file.fileno())  # else a machine that dies now could keep the name and lose the contents
+        with contextlib.suppress(OSError):  # a file system without modes
+            Path(folder, name).chmod(path.stat().st_mode)
+        try:
+            with Path(folder, name).open("rb+") as file:
+                os.fsync(file.fileno())  # else a crash now could leave the name without the contents
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning_once(f"{args.output_dir} cannot be flushed to its disk, a crash may cost files: {error}")
+
+
+def remove(folder):
+    """Removes a folder; of one that was moved elsewhere and linked back, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def tidy_checkpoints(args, step):
+    """Renames checkpoints of an abandoned run, later than this one, and removes those over the limit."""
+    present = list_checkpoints(args.output_dir)
+    for number, path in present.items():
+        if number > step:
+            aside = path.rename(f"{path}.{time.time():.0f}")
+            log.warning(f"{path} belongs to an abandoned run; renamed to {aside}")
+    kept = [path for number, path in present.items() if number <= step]
+    for old in kept[args.checkpoints_total_limit or sys.maxsize :]:
+        remove(old)
 
 
 def list_checkpoints(output_dir):
     """Folders named checkpoint-N by their number, the newest first; other names are left alone."""
-    paths = {int(path.name[11:]): path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()}
+    paths = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdecimal():
+            paths[int(number)] = path
     return dict(sorted(paths.items(), reverse=True))
 
 
@@ -1069,9 +1541,10 @@ def read_manifest(folder):
         if manifest.get("format") != FORMAT:
             refuse(f"{folder}: its format is {manifest.get('format')}, not {FORMAT}: use the script that wrote it")
         for name, size in manifest["files"].items():
-            if Path(folder, name).stat().st_size != size:
-                raise ValueError(f"{name} has {Path(folder, name).stat().st_size} bytes, not {size}")
-        manifest["step"], manifest["seed"], manifest["run"]["processes"]
+            found = Path(folder, name).stat().st_size
+            if found != size:
+                raise ValueError(f"{name} has {found} bytes, not {size}")
+        manifest["step"], manifest["seed"], [manifest["run"][name] for name in SHARES]
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is no checkpoint to resume from: {error}") from error
     return manifest
@@ -1079,138 +1552,203 @@ def read_manifest(folder):
 
 def find_checkpoint(args):
     """Folder and manifest of --resume_from_checkpoint, or (None, {}) where training starts anew."""
-    wanted, present = args.resume_from_checkpoint, list(list_checkpoints(args.output_dir).values())
-    if present and not wanted and not args.dry_run:
-        found = f"--output_dir {args.output_dir!r} has {present[0].name} of an earlier run"
-        refuse(f"{found}: add --resume_from_checkpoint latest, give another folder, or take the checkpoints away")
-    if wanted and wanted != "latest":
+    wanted = args.resume_from_checkpoint
+    present = list(list_checkpoints(args.output_dir).values())
+    if not wanted:
+        if present and not args.dry_run:
+            found = f"--output_dir {args.output_dir!r} has {present[0].name} of an earlier run"
+            refuse(f"{found}: add --resume_from_checkpoint latest, give another folder, or take the checkpoints away")
+        return None, {}
+    if wanted != "latest":
         present = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
-    for folder in present if wanted else ():
+    else:
+        with contextlib.suppress(ValueError):  # no result, or not a whole one
+            manifest = read_manifest(args.output_dir)
+            asked = {"max_train_steps": args.max_train_steps, "num_train_epochs": args.num_train_epochs}
+            if asked.items() <= manifest["run"].items():
+                return Path(args.output_dir), manifest
+    for folder in present:
         try:
             return folder, read_manifest(folder)
         except ValueError as error:
             log.warning(f"passed over: {error}")
-    if wanted == "latest":
-        log.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, training starts anew")
-    elif wanted:
+    if wanted != "latest":
         refuse(f"--resume_from_checkpoint {wanted!r}: no whole checkpoint, neither here nor in {args.output_dir!r}")
+    log.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, training starts anew")
     return None, {}
 
 
-def compare_runs(accelerator, checkpoint, then, run):
-    """Refuses to go on from a run whose weights or optimizer were others, and says what else has changed."""
-    differ = {name: old for name, old in then.items() if name in run and run[name] != old}
-    fixed = [*MUST_MATCH, "processes"] if accelerator.distributed_type.value == "FSDP" else MUST_MATCH
+def compare_runs(accelerator, checkpoint, manifest, now):
+    """Stops if the checkpoint's model or optimizer settings differ; warns about other changes, which take effect."""
+    then = manifest.get("run", now)
+    differ = [name for name in then if name in now and then[name] != now[name]]
+    fixed = MUST_MATCH
+    if is_split(accelerator):
+        fixed = [*MUST_MATCH, "processes"]
     for name in fixed:
         if name in differ:
-            refuse(f"{checkpoint} was trained with {name} {differ[name]!r}, not {run[name]!r}: give the same")
-    output = argparse.ArgumentParser()
-    add_output_flags(output)
-    silent = [*MAY_DIFFER.split(), *vars(output.parse_args([]))]
-    if math.prod(then[name] for name in SHARES) == math.prod(run[name] for name in SHARES):
+            refuse(f"{checkpoint} was trained with {name} {then[name]!r}, not {now[name]!r}: give the same")
+    silent = [*MAY_DIFFER]
+    if math.prod(then[name] for name in SHARES) == math.prod(now[name] for name in SHARES):
         silent += SHARES  # an update has the same images, however they are shared out
-    if changed := [f"{name} {run[name]!r} was {old!r}" for name, old in differ.items() if name not in silent]:
-        log.warning(f"the run goes on from {checkpoint}, but not as it was: {', '.join(changed)}")
+    if now["lr_scheduler"].startswith("constant"):
+        silent += LENGTH
+    changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in differ if name not in silent]
+    if changed:
+        log.warning(f"resuming {checkpoint} with changed flags: {', '.join(changed)}")
 
 
-def resume(accelerator, checkpoint, average, step, total):
-    """Loads what goes with the weights of a checkpoint: state of the optimizer, schedule and scaler, the average."""
-    with or_refuse(f"{checkpoint} cannot be loaded: take it away and resume from an older one"):
-        accelerator.load_state(checkpoint)
-        if average:
-            state = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
-            average.optimization_step = state.pop("step").item()
-            average.shadow_params = [state[str(number)] for number in range(len(state))]
+def resume(accelerator, checkpoint, trained, state):
+    """Loads what goes with a checkpoint's weights: optimizer, schedule, scaler, average. The flags' settings win."""
+    if not checkpoint or state.finished:
+        return
+    settings = []
+    for group in trained.optimizer.param_groups:
+        settings.append({name: group[name] for name in SETTINGS})
+    with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
+        for file, part in list_states(accelerator, trained).items():
+            saved = torch.load(Path(checkpoint, file), map_location=accelerator.device, weights_only=True)
+            part.load_state_dict(saved)
+        if trained.average:
+            weights = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
+            trained.average.optimization_step = weights.pop("step").item()
+            trained.average.shadow_params = [weights[str(number)] for number in range(len(weights))]
+    schedule = trained.schedule.scheduler  # torch's LambdaLR, inside accelerate's wrapper
+    schedule.base_lrs = [own["initial_lr"] for own in settings]
+    groups = trained.optimizer.param_groups  # loading has made new ones
+    for group, own, factor in zip(groups, settings, schedule.lr_lambdas, strict=True):
+        group.update(own)
+        group["lr"] = own["initial_lr"] * factor(schedule.last_epoch)
     log.info(f"Resumed from {checkpoint}")
-    if step >= total:
-        log.warning(f"nothing is left to train: {checkpoint} has {step} updates, {total} are asked for")
+    if state.step >= state.total:
+        log.warning(f"nothing is left to train: {checkpoint} has {state.step} updates, {state.total} are asked for")
 
 
 # ---- Validation -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def evaluation(models, parameters, average):
-    """Models in eval mode, without gradients and with the averaged weights if there are any, in a with block."""
-    torch.nn.ModuleList(models).eval()
-    if average:
-        average.store(parameters)
-        average.copy_to(parameters)
+def evaluation(trained):
+    """Models in eval mode, without gradients and with the averaged weights if there are any, for the with block."""
+    models = torch.nn.ModuleList(trained.models.values())
+    models.eval()
+    if trained.average:
+        trained.average.store(trained.parameters)
+        trained.average.copy_to(trained.parameters)
     try:
         with torch.no_grad():
             yield
     finally:
-        if average:
-            average.restore(parameters)
-        torch.nn.ModuleList(models).train()
+        if trained.average:
+            trained.average.restore(trained.parameters)
+        models.train()
 
 
-def draw_images(args, transformer, vae, scheduler, prompt, empty, seeds, stop, **options):
+@contextlib.contextmanager
+def rescue(args, accelerator, trained, state):
+    """Saves a checkpoint if an error ends the training of one process; of several, others may be waiting elsewhere.
+
+    An update that the error has cut short may be in it in part. An older result does not count as one from here on.
+    """
+    if not state.finished:
+        Path(args.output_dir, MANIFEST).unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:
+        lost = not state.finished and state.step not in {0, *list_checkpoints(args.output_dir)}
+        finite = all(parameter.isfinite().all() for parameter in trained.parameters)
+        if lost and finite and accelerator.num_processes == 1:
+            save_checkpoint(args, accelerator, trained, state)
+        raise
+
+
+@contextlib.contextmanager
+def attempt(failed, what, kind=Exception):
+    """Logs an exception and records `what` in `failed` instead of raising. No collective may be called inside."""
+    try:
+        yield
+    except kind as error:  # drawing, a tracker and the Hub can raise anything
+        failed.append(what)
+        reason = " ".join(str(error).split())
+        log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
+
+
+def draw_images(args, transformer, frozen, prompt, seeds, **options):
     """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
-    `prompt` and `empty` are embeds (1, S, D) and pooled embeds (1, P) of the prompt and of "". The VAE decodes in
-    float32. Errors: ValueError for latents that are not finite; InterruptedError once `stop()` is true.
+    Errors: ValueError for latents that are not finite.
     """
+    count = len(seeds)
+    embeds, pooled = frozen.embed([prompt] * count)
+    empty_embeds, empty_pooled = frozen.embed([""] * count)
     absent = dict.fromkeys(("vae", *TEXT_ENCODERS, *TOKENIZERS))
-    scheduler = type(scheduler).from_config(scheduler.config)
+    scheduler = type(frozen.scheduler).from_config(frozen.scheduler.config)
     pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **absent)
     pipeline.set_progress_bar_config(disable=True)
-
-    def look(pipeline, number, timestep, tensors):
-        if stop():
-            raise InterruptedError("a signal has come")
-        return tensors
-
-    options |= {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     latents = pipeline(
-        prompt_embeds=prompt[0].expand(len(seeds), -1, -1),
-        pooled_prompt_embeds=prompt[1].expand(len(seeds), -1),
-        negative_prompt_embeds=empty[0].expand(len(seeds), -1, -1),
-        negative_pooled_prompt_embeds=empty[1].expand(len(seeds), -1),
+        prompt_embeds=embeds,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=empty_embeds,
+        negative_pooled_prompt_embeds=empty_pooled,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        callback_on_step_end=look,
+        height=args.resolution,
+        width=args.resolution,
+        output_type="latent",
         **options,
     ).images
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
+    return decode_latents(args, transformer, frozen.vae, latents)
+
+
+DECODING = 5000  # bytes a pixel that the VAE has taken on an H100
+
+
+def decode_latents(args, transformer, vae, latents):
+    """PIL images of latents (B, C, h, w), in float32. If memory is short, the transformer waits on the CPU."""
+    device = latents.device
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
-    with torch.autocast(latents.device.type, enabled=False):
-        pixels = torch.cat([vae.decode(one).sample for one in latents.split(1)])  # 3 GiB each at 1024 px
-    return VaeImageProcessor().postprocess(pixels, output_type="pil")
+    short = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=short and transformer.device == device)
+    with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
+        pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
+    return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")
 
 
 def add_class_images(args, parts, accelerator, dataset):
     """Adds the class images to the dataset; those that --class_data_dir lacks are drawn into it before."""
     present = list_images(args.class_data_dir)
-    taken = {path.name.split("-")[0] for path in present}  # an interrupted run, or a user, may have left gaps
+    taken = {path.name.split("-")[0] for path in present}  # an interrupted run or a user may have left gaps
+    free = [number for number in range(args.num_class_images) if str(number) not in taken]
     lacking = max(args.num_class_images - len(present), 0)
-    numbers = [number for number in range(args.num_class_images) if str(number) not in taken][:lacking]
-    accelerator.wait_for_everyone()  # nobody counts what another has already drawn
-    if numbers:
-        draw_class_images(args, parts, accelerator, numbers)
+    accelerator.wait_for_everyone()  # until all have counted: then some start to draw
+    if lacking:
+        draw_class_images(args, parts, accelerator, free[:lacking])
         training_utils.free_memory()
     images = list_images(args.class_data_dir)[: args.num_class_images]
-    dataset.add_images("class", "--class_data_dir", images, [args.class_prompt] * len(images))
+    dataset.add_images("class", "--class_data_dir", images, [(args.class_prompt,)] * len(images))
 
 
 def draw_class_images(args, parts, accelerator, numbers):
-    """Draws the class images of these numbers with the base model, the processes sharing the work."""
+    """Draws the class images of these numbers with the base model; the processes share the work."""
     dtype = DTYPES.get(args.prior_generation_precision, frozen_dtype(accelerator))
     embed = PromptTable(args, parts, accelerator, dtype)
     embed.fill(parts, [args.class_prompt, ""])
-    texts, scheduler = (embed([args.class_prompt]), embed([""])), load_part(args, parts, "scheduler")
-    transformer = load_part(args, parts, "transformer", **on_device(accelerator, dtype))
+    transformer = load_frozen(args, parts, accelerator, "transformer", dtype)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
+    frozen = Frozen(embed, vae, load_scheduler(args, parts, accelerator))
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
     firsts = range(0, len(mine), args.sample_batch_size)
+    remedy = "lower --sample_batch_size if memory ran out, or change --prior_generation_precision"
     for first in tqdm(firsts, desc="Drawing class images", disable=not accelerator.is_main_process):
         batch = mine[first : first + args.sample_batch_size]
         seeds = [derive_seed(args.seed, "class drawing", number) for number in batch]
-        with or_refuse(f"class images cannot be drawn in {dtype}, see --prior_generation_precision"), torch.no_grad():
-            images = draw_images(args, transformer, vae, scheduler, *texts, seeds, stop=bool)
+        with or_refuse(f"class images cannot be drawn in {dtype}: {remedy}"), torch.no_grad():
+            images = draw_images(args, transformer, frozen, args.class_prompt, seeds)
         for number, image in zip(batch, images, strict=True):
-            name = f"{number}-{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
-            save_image(image, Path(args.class_data_dir, name))
+            digest = hashlib.sha256(image.tobytes()).hexdigest()
+            with or_refuse(f"--class_data_dir {args.class_data_dir!r} cannot be written"):
+                save_image(image, Path(args.class_data_dir, f"{number}-{digest[:16]}.png"))
     accelerator.wait_for_everyone()
 
 
@@ -1221,154 +1759,234 @@ def save_image(image, path):
     partial.replace(path)
 
 
-def measure_held_out(args, accelerator, transformer, vae_config, scheduler, embed, held_out):
-    """Mean loss of the held-out images at eight noise levels each, whose noise is the same at every call and run."""
-    losses, device = {}, accelerator.device
-    # Padded, for under FSDP2 all processes take part in each forward pass; whatever comes twice counts once.
-    with accelerator.split_between_processes(list(range(len(held_out))), apply_padding=True) as mine:
-        for index, level in itertools.product(mine, range(8)):
-            example, seeds = held_out[0, index, 0][0], [derive_seed("held out", index, level)]
-            moments, text = example["data"][None].to(device), embed([example["prompt"]])
-            latents, noise, _, mask = draw_latents(args, vae_config, moments, seeds, torch.device("cpu"))
-            drawn = latents, noise, torch.full((1,), (level + 0.5) / 8, device=device), mask
-            losses[index, level] = flow_losses(args, transformer, scheduler, drawn, text)[0].item()
-    losses = dict(utils.gather_object(list(losses.items())))
-    return math.fsum(losses.values()) / len(losses)
+def share(accelerator, count):
+    """This process's part of the numbers below `count`: as many on each process, so some numbers may come twice.
 
-
-def validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, final=False):
-    """Logs the held-out loss and draws --num_validation_images, image i from seed + i, as far as flags ask for them.
-
-    Returns the images' paths on the main process. Errors: InterruptedError after a signal, on all processes alike.
+    Under FSDP2 all processes must take part in each forward pass.
     """
-    transformer, images = accelerator.unwrap_model(embed.trained["transformer"], keep_torch_compile=False), {}
-    with accelerator.autocast(), on_loan(vae, accelerator.device):
-        if held_out:
-            loss = measure_held_out(args, accelerator, transformer, vae.config, scheduler, embed, held_out)
-            accelerator.log({"validation_loss": loss}, step=step)
-        if not args.validation_prompt or final and args.skip_final_inference:
-            return []
-        options = {name: getattr(args, f"validation_{name}") for name in ("num_inference_steps", "guidance_scale")}
-        options = {name: value for name, value in options.items() if value is not None}
-        texts, stop = (embed([args.validation_prompt]), embed([""])), lambda: read_signal(accelerator, caught)
-        with accelerator.split_between_processes(list(range(args.num_validation_images)), apply_padding=True) as mine:
-            for n in mine:
-                images[n] = draw_images(args, transformer, vae, scheduler, *texts, [args.seed + n], stop, **options)[0]
+    padded = math.ceil(count / accelerator.num_processes) * accelerator.num_processes
+    return [number % count for number in range(accelerator.process_index, padded, accelerator.num_processes)]
+
+
+def gather_dict(found):
+    """The entries that all processes have found, in the order of their keys."""
+    return dict(sorted(utils.gather_object(list(found.items()))))
+
+
+HELD_OUT_LEVELS = 8  # noise levels, spread evenly
+
+
+def measure_held_out(args, transformer, frozen, index):
+    """Loss of a held-out image at each noise level, from the most noise to the least; the noise is always the same."""
+    example = frozen.held_out[0, index, 0][0]
+    device = frozen.scheduler.sigmas.device
+    moments = example["data"][None].to(device).expand(HELD_OUT_LEVELS, -1, -1, -1)
+    seeds = [derive_seed("held out", index, level) for level in range(HELD_OUT_LEVELS)]
+    latents, noise, _, mask = draw_latents(args, frozen.vae.config, moments, seeds, torch.device("cpu"))
+    u = (torch.arange(HELD_OUT_LEVELS, device=device) + 0.5) / HELD_OUT_LEVELS
+    text = frozen.embed([example["prompt"]] * HELD_OUT_LEVELS)
+    losses, _ = flow_losses(args, transformer, frozen.scheduler, (latents, noise, u, mask), text)
+    return losses.tolist()
+
+
+def log_held_out(accelerator, losses, state):
+    """Logs the held-out loss: the mean over the images at each noise level, 8 the most noise, and that of all."""
+    means = np.mean(losses, axis=0)
+    figures = {f"validation_loss_{len(means) - number}": mean for number, mean in enumerate(means)}
+    figures["validation_loss"] = state.validation_loss = means.mean()
+    log_figures(accelerator, state, figures)
+
+
+def validate(args, accelerator, trained, frozen, state):
+    """Logs the held-out loss and draws the validation images, as far as flags ask. Returns the images' paths.
+
+    Each process tries its share by itself, and then all agree: one that fails alone leaves nobody waiting. What fails
+    is logged; at the end it is a failure of the run. Under FSDP2 a forward pass needs all processes: one that cannot
+    do its part, because memory runs out, ends, and the launcher then ends the others.
+    """
+    transformer = accelerator.unwrap_model(trained.models["transformer"], keep_torch_compile=False)
+    what = "drawing the final images" if state.finished else f"validation at update {state.step}"
+    held_out = len(frozen.held_out or ())
+    wanted = args.num_validation_images * len(args.validation_prompt or ())
+    if state.finished and args.skip_final_inference:
+        wanted = 0
+    kind = ValueError if is_split(accelerator) else Exception  # draw_images raises it after the passes
+    failed = []
+    losses = {}
+    images = {}
+    with accelerator.autocast():
+        for index in share(accelerator, held_out):
+            with attempt(failed, what, kind):
+                losses[index] = measure_held_out(args, transformer, frozen, index)
+        for number in share(accelerator, wanted):
+            if read_signal(accelerator, state.caught):
+                break
+            with attempt(failed, what, kind):
+                images[number] = draw_validation_image(args, transformer, frozen, number)
     training_utils.free_memory()
-    images = dict(utils.gather_object(list(images.items())))
-    if not accelerator.is_main_process:
-        return []
-    images = [images[number] for number in sorted(images)]
-    pattern = "image_{}.png" if final else f"validation/step-{step:06d}-{{}}.png"
+    losses = gather_dict(losses)
+    images = gather_dict(images)
+    failed = utils.gather_object(failed)
+    paths = []
+    if accelerator.is_main_process:
+        with attempt(failed, what):
+            if len(losses) == held_out > 0:
+                log_held_out(accelerator, list(losses.values()), state)
+            if len(images) == wanted > 0:
+                paths = save_validation(args, accelerator, list(images.values()), state)
+    if state.finished and failed:
+        state.failed.append(what)
+    return paths
+
+
+def draw_validation_image(args, transformer, frozen, number):
+    """A validation image; numbers count prompt after prompt, and image i of each prompt is drawn from seed + i."""
+    row, column = divmod(number, args.num_validation_images)
+    (image,) = draw_images(
+        args,
+        transformer,
+        frozen,
+        args.validation_prompt[row],
+        [args.seed + column],
+        num_inference_steps=args.validation_num_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+    )
+    return image
+
+
+def save_validation(args, accelerator, images, state):
+    """Writes the images and their grid, a row a prompt, and sends them to the trackers. Returns their paths."""
+    title = "test" if state.finished else "validation"
+    pattern = "image_{}.png" if state.finished else f"validation/step-{state.step:06d}-{{}}.png"
     paths = [Path(args.output_dir, pattern.format(number)) for number in range(len(images))]
     paths[0].parent.mkdir(exist_ok=True)
     for path, image in zip(paths, images, strict=True):
         save_image(image, path)
-    save_image(make_image_grid(images, 1, len(images)), Path(args.output_dir, pattern.format("grid")))
+    prompts = args.validation_prompt
+    grid = make_image_grid(images, len(prompts), args.num_validation_images)
+    save_image(grid, Path(args.output_dir, pattern.format("grid")))
+    rows = {}
+    for number, pixels in enumerate(np.split(np.stack(images), len(prompts))):
+        words = re.sub(r"\W+", "_", prompts[number])[:60]  # trackers make it part of a file's name
+        rows[f"{title}_{number}_{words}" if len(prompts) > 1 else title] = pixels
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            pixels = np.stack([np.asarray(image) for image in images])
-            tracker.log_images({"test" if final else "validation": pixels}, step=step, dataformats="NHWC")
-        elif tracker.name in ("wandb", "trackio"):
-            picture = importlib.import_module(tracker.name).Image
-            pictures = [picture(image, caption=args.validation_prompt) for image in images]
-            tracker.log({"test" if final else "validation": pictures}, step=step)
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        if hasattr(tracker, "log_images"):
+            tracker.log_images(rows, step=state.step, **options)
     return paths
 
 
 # ---- The result and the Hub -----------------------------------------------------------------------------------------
 
-
-def describe_result(args, repository):
-    """Title and tags of the model card, the lines of its program that load the pipeline, and the files to upload."""
-    absent = [f"{name}=None" for name in ("text_encoder_3", "tokenizer_3") if name not in read_pipeline(args)]
-    source = ", ".join([repr(repository), *absent])
-    usage = f"pipeline = StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)\n"
-    folders = [f"{name}/*" for name in ("transformer", "vae", "scheduler", "text_encoder*", "tokenizer*")]
-    return f"SD3 DreamBooth - {repository}", [], usage, ["model_index.json", *folders]
+LICENCE = "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md"
 
 
-def public_name(args):
-    """The base model's id, or the name of its folder, whose path is nobody's business."""
-    base = args.pretrained_model_name_or_path
-    return Path(base).resolve().name if Path(base).is_dir() else base
+def public_name(value):
+    """A text without the folders above a file or folder that it names: a card is public."""
+    if os.path.exists(value):  # noqa: PTH110  Path.exists raises on a name that is too long
+        return Path(value).resolve().name
+    return value
 
 
-def name_base_model(args):
-    """Family of the base model by its transformer's config and its name, with the page of its licence."""
-    config, family = read_transformer_config(args), "Stable Diffusion 3 Medium"
-    if config.get("dual_attention_layers"):
-        family = "Stable Diffusion 3.5 Medium"
-    elif config.get("qk_norm"):
-        turbo = "turbo" in str(args.pretrained_model_name_or_path).lower()
-        family = f"Stable Diffusion 3.5 Large{' Turbo' * turbo}"
-    return family, f"https://huggingface.co/stabilityai/{family.lower().replace(' ', '-')}/blob/main/LICENSE.md"
-
-
-CARD_MARK = "<!-- Written by the training script, whose next run replaces what nobody has changed: "
-
-
-def describe_training(args, accelerator, step):
-    """The model card's words on how the weights were trained: updates, versions and the flags that were given."""
-    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    flags, default = [], build_parser().get_default
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+def describe_flags(args):
+    """The flags that were given, as on a command line, without secrets and folders above files: a card is public."""
+    parser = build_parser()
+    words = []
     for name, value in vars(args).items():
-        if value != default(name) and name not in ("output_dir", "local_rank", "hub_token"):
-            if isinstance(value, str) and "prompt" not in name and Path(value).exists():
-                value = Path(value).resolve().name  # a card is public, the folders above are not
-            flags.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
-    devices = f"{accelerator.num_processes} x {accelerator.device.type}"
-    return f"Trained for {step} updates on {devices} with {versions}:\n\n```sh\n{' '.join(flags)}\n```"
+        if value == parser.get_default(name) or name in ("output_dir", "local_rank", "hub_token"):
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            values = value if isinstance(value, list) else [value]
+            words += [public_name(str(each)) for each in values]
+    return shlex.join(words)
 
 
-def write_card(args, accelerator, repository, step, image_paths):
-    """Writes the model card, README.md, with the final images as its gallery; one that a person wrote is put aside."""
-    (family, licence), (title, tags, usage, _) = name_base_model(args), describe_result(args, repository)
-    base, prompt = public_name(args), args.validation_prompt or args.instance_prompt or ""
-    version = "sd3.5" if "3.5" in family else "sd3"
-    data = {
-        "license": "other",
-        "license_name": "stabilityai-ai-community",
-        "license_link": licence,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "diffusers-training", "diffusers", version, f"{version}-diffusers", *tags],
-        "instance_prompt": args.instance_prompt,
-        "widget": [{"text": prompt, "output": {"url": path.name}} for path in image_paths] or None,
-    }
-    if not Path(args.pretrained_model_name_or_path).is_dir():  # the Hub refuses a card whose base model is no id
-        data |= {"base_model": base, "base_model_relation": "adapter" if "lora" in tags else "finetune"}
-    subject = f"Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
-    card = f"""---
-{huggingface_hub.ModelCardData(**data).to_yaml()}
----
+def describe_cost(state):
+    """What the updates took since the run was started or resumed, and the last held-out loss."""
+    updates = len(state.seconds)
+    if not updates:
+        return "no update was left to make"
+    seconds = sum(state.seconds)
+    cost = f"{updates} updates in {seconds:.0f} s ({seconds / updates:.2f} s each), at most {state.memory_gb:.1f} GB"
+    return f"{cost}; held-out loss {state.validation_loss:.4f}" if state.validation_loss else cost
 
-# {title}
 
-{"<Gallery />" if image_paths else ""}
+def describe_result(args, parts, repository, state):
+    """The model card's text: what was trained, the program that loads it, and the flags."""
+    base = public_name(args.pretrained_model_name_or_path)
+    given = {"revision": args.revision, "variant": args.variant}
+    options = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+    own = args.pretrained_transformer_model_name_or_path
+    if own:
+        call = f"from_pretrained({public_name(own)!r}"
+        if own.endswith(".safetensors"):
+            call = f"from_single_file({public_name(own)!r}, config={base!r}"
+        call += ", subfolder='transformer', torch_dtype=torch.bfloat16)"
+        options += f", transformer=diffusers.SD3Transformer2DModel.{call}"
+    source = RESULT["pipeline"].format(base=base, options=options, result=repository)
+    if "text_encoder_3" not in parts:
+        source += ", text_encoder_3=None, tokenizer_3=None"
+    subject = f" Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
+    prompts = args.validation_prompt or [args.instance_prompt or ""]
+    return f"""# {RESULT["title"]} - {repository}
 
-DreamBooth weights for {base} ({family}). {subject}
+DreamBooth weights for {base}, trained for {state.step} updates.{subject} {describe_cost(state)}.
 
 ```py
+import diffusers
 import torch
-from diffusers import StableDiffusion3Pipeline
 
-{usage}pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
+{RESULT["usage"].format(repository)}
+pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
-pipeline({prompt!r}, **size).images[0].save("image.png")
+pipeline({prompts[0]!r}, **size).images[0].save("image.png")
 ```
 
-{describe_training(args, accelerator, step)}
+```sh
+{describe_flags(args)}
+```
 
-The base model's [licence]({licence}) holds for these weights.
+The base model's [licence]({LICENCE}) holds for these weights.
 """
+
+
+def sign_card(card):
+    """A model card with a hidden last line, by which a later run sees whether a person has changed it."""
+    return f"{card}\n<!-- The next run replaces this file unless it was changed: {derive_seed(card)} -->\n"
+
+
+def write_card(args, parts, repository, state, image_paths):
+    """Writes the model card, README.md, with the final images as its gallery.
+
+    A card that a person wrote or changed gets another name.
+    """
+    base = args.pretrained_model_name_or_path
+    data = huggingface_hub.ModelCardData(
+        license="other",
+        license_name="stabilityai-ai-community",
+        license_link=LICENCE,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers-training", "diffusers", "sd3", "sd3-diffusers", *RESULT["tags"]],
+        base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base is not an id
+        instance_prompt=args.instance_prompt,
+        widget=[
+            {"text": args.validation_prompt[number // args.num_validation_images], "output": {"url": path.name}}
+            for number, path in enumerate(image_paths)
+        ]
+        or None,
+    )
+    gallery = "<Gallery />" if image_paths else ""
+    text = describe_result(args, parts, repository, state)
     path = Path(args.output_dir, "README.md")
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    old, _, digest = text.rpartition(CARD_MARK)
-    if text and digest != f"{hashlib.sha256(old.encode()).hexdigest()} -->\n":
-        log.warning(f"{path} is a person's: it is now {path.rename(path.with_suffix(f'.{time.time():.0f}.md'))}")
-    path.write_text(f"{card}{CARD_MARK}{hashlib.sha256(card.encode()).hexdigest()} -->\n", encoding="utf-8")
+    if path.is_file():
+        present = path.read_text(encoding="utf-8", errors="replace")
+        if present != sign_card(present.rpartition("\n<!--")[0]):
+            kept = path.rename(path.with_suffix(f".{time.time():.0f}.md"))
+            log.warning(f"{path} was written or changed by a person; it is now {kept}")
+    path.write_text(sign_card(f"---\n{data.to_yaml()}\n---\n\n{gallery}\n\n{text}"), encoding="utf-8")
 
 
 def open_repository(args, accelerator):
@@ -1378,102 +1996,143 @@ def open_repository(args, accelerator):
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
     remedy = "give --hub_model_id USER/NAME, a token that may write (`hf auth login`, HF_TOKEN), huggingface_hub 1.5"
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
-        options = {"private": args.hub_private_repo or None, "exist_ok": True, "token": args.hub_token}
-        repository = huggingface_hub.create_repo(repository, **options).repo_id
-        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)  # create_repo takes any
+        options = {"private": args.hub_private_repo or None, "exist_ok": True}
+        repository = huggingface_hub.create_repo(repository, **options, token=args.hub_token).repo_id
+        huggingface_hub.auth_check(repository, write=True, token=args.hub_token)  # create_repo takes any token
     return repository
 
 
-def publish(args, accelerator, repository, step, image_paths, failed):
-    """Gives the weights the umask's mode, writes the card and uploads this run's result; either may fail by itself."""
-    if not accelerator.is_main_process:
+def publish(args, parts, repository, state, image_paths):
+    """Writes the model card and uploads the result, on the main process. Either may fail by itself."""
+    with attempt(state.failed, "writing the model card"):
+        write_card(args, parts, repository or public_name(args.output_dir), state, image_paths)
+    if not repository:
         return
-    os.umask(umask := os.umask(0o077))  # read by being set; safetensors writes files for their owner alone
-    for path in Path(args.output_dir).rglob("*.safetensors"):
-        path.chmod(0o666 & ~umask)
-    with attempt(failed, "writing the model card"):
-        write_card(args, accelerator, repository or args.output_dir, step, image_paths)
-    if repository:
-        patterns = ["README.md", *describe_result(args, repository)[-1], *(path.name for path in image_paths)]
-        options = {"commit_message": "End of training", "allow_patterns": patterns, "token": args.hub_token}
-        with attempt(failed, "the upload"):
-            huggingface_hub.upload_folder(repo_id=repository, folder_path=args.output_dir, **options)
+    with attempt(state.failed, "the upload"):
+        huggingface_hub.upload_folder(
+            repo_id=repository,
+            folder_path=args.output_dir,
+            allow_patterns=["README.md", *RESULT["files"], *(path.name for path in image_paths)],
+            commit_message="End of training",
+            token=args.hub_token,
+        )
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
+def make_folder(flag, folder):
+    """Creates a folder and refuses one that cannot be written to."""
+    with or_refuse(f"{flag} {folder!r} cannot be written: give another folder"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-9]/*")  # beside the result
+
+
+def check_output(args):
+    """Refuses logs that leave output_dir or get into what is written there, and what is in the way of that."""
+    logs = os.path.normpath(Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name))
+    for pattern in (*RESULT["files"], *OUTPUT):
+        name, folder, _ = pattern.partition("/")
+        if logs.startswith(("..", os.sep)) or fnmatch.fnmatch(Path(logs).parts[0], name):
+            names = "--logging_dir, --tracker_run_name, --tracker_project_name"
+            refuse(f"{names}: {logs!r} leads out of --output_dir or into the result: give other names")
+        for path in Path(args.output_dir).glob(name):
+            if path.is_dir() != bool(folder) or not os.access(path, os.W_OK):
+                refuse(f"{path} is in the way of what the run writes: take it away or give another --output_dir")
+
+
 def start_accelerator(args):
-    """The accelerator with its trackers not yet started, and the folders that the run writes to."""
-    for name in ("output_dir", "class_data_dir") if args.with_prior_preservation else ("output_dir",):
-        folder = getattr(args, name)
-        with or_refuse(f"--{name} {folder!r} cannot be written: give another folder"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+    """The accelerator, its trackers not yet started, after creating the folders that the run writes to."""
+    make_folder("--output_dir", args.output_dir)
+    check_output(args)
+    if args.with_prior_preservation:
+        make_folder("--class_data_dir", args.class_data_dir)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger(__name__).setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.13 renamed this argument
+    if args.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
-    AcceleratorState._reset_state()  # in a notebook the settings of the run before would stand
-    with or_refuse(f"--mixed_precision {args.mixed_precision}: accelerate does not start as it is configured"):
+    AcceleratorState._reset_state()  # in a notebook the previous run's settings would stay
+    with or_refuse(f"accelerate does not start with --mixed_precision {args.mixed_precision} as it is configured"):
         accelerator = Accelerator(
-            # A plugin, since accelerate prefers the environment's number to a plain argument.
+            # A plugin, because the environment's number overrides a plain argument.
             gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
             mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to.split(","),
+            log_with=None if args.report_to == "none" else split_names(args.report_to),
             project_config=utils.ProjectConfiguration(args.output_dir, str(logs)),
             dataloader_config=utils.DataLoaderConfiguration(even_batches=False, non_blocking=True),
-            step_scheduler_with_optimizer=False,  # else it would be stepped once a process
+            step_scheduler_with_optimizer=False,  # else it would step once per process
             kwargs_handlers=[
-                utils.InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # others wait while one encodes
-                # The one buffer, a table of positions of 226 MB, never changes; views spare a copy of the gradients.
+                # Else the half-precision copy of every float32 weight would stay until the forward pass ends.
+                utils.AutocastKwargs(cache_enabled=False),
+                utils.InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while one process encodes
+                # The only buffer, a 226 MB table of positions, never changes. Views avoid a copy of the gradients.
                 utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         refuse("--mixed_precision fp16 needs a GPU: on a CPU take bf16 or no")
-    if accelerator.distributed_type.value == "FSDP":
-        if args.use_ema or args.train_text_encoder:
-            refuse("--use_ema, --train_text_encoder: FSDP2 trains one model, in parts: leave them out, or use DDP")
-        plugin = accelerator.state.fsdp_plugin
-        if policy := plugin.mixed_precision_policy:  # it would round the timesteps: bfloat16 has 353 of the 1000
-            plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False)
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.13 has another name, which none knows
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger(__name__).setLevel(logging.INFO)
-    if args.full_determinism:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    if is_split(accelerator):
+        check_fsdp(args, accelerator.state.fsdp_plugin)
     return accelerator
 
 
+WITHOUT_FSDP = (  # it splits one model, in float32, after it is loaded
+    "use_ema train_text_encoder use_8bit_adam bnb_quantization_config_path full_bf16 fused_backward_pass"
+).split()
+
+
+def check_fsdp(args, plugin):
+    """Refuses what FSDP2 cannot do, and has it leave the timesteps in float32 and the frozen encoders whole."""
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        refuse("FSDP is supported in its second version alone: set fsdp_version to 2, with accelerate 1.6 or later")
+    for name in WITHOUT_FSDP:
+        if vars(args).get(name):
+            refuse(f"--{name} does not work under FSDP2: leave it out, or choose DDP in `accelerate config`")
+    utils.disable_fsdp_ram_efficient_loading()  # transformers would read the encoders on one process alone
+    plugin.cpu_ram_efficient_loading = False
+    policy = plugin.mixed_precision_policy
+    if policy:  # bfloat16 can tell only 353 of the 1000 timesteps apart
+        plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False)
+
+
 def claim_folder(args, accelerator, cleanup):
-    """Keeps output_dir, and what is encoded into it, for this run alone until it ends; a dry run does without."""
+    """Locks output_dir until the run ends and removes what a killed run has left; a dry run does without."""
     if args.dry_run or not accelerator.is_main_process:
         return
-    lock, encoded = FileLock(Path(args.output_dir, ".lock")), Path(args.output_dir, ENCODED)
+    folder = Path(args.output_dir)
+    lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        refuse(f"--output_dir {args.output_dir!r} belongs to a run that is going on: give another folder")
-    for left in (encoded, *Path(args.output_dir).glob(".checkpoint-*.partial")):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+        refuse(f"--output_dir {args.output_dir!r} is in use by another run: give another folder")
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        log.warning(f"{folder} cannot be locked, so see to it that no other run writes to it ({error})")
     cleanup.callback(lock.release)
-    cleanup.callback(shutil.rmtree, encoded, ignore_errors=True)
+    for left in (folder / ENCODED, *folder.glob(".checkpoint-*.partial")):
+        shutil.rmtree(left, ignore_errors=True)
+    cleanup.callback(shutil.rmtree, folder / ENCODED, ignore_errors=True)
 
 
-def start_trackers(args, accelerator, run):
+def start_trackers(args, accelerator, facts):
     """Starts the trackers, with what describes the run as its configuration."""
-    config = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in run.items()}
-    folder, name = str(Path(args.output_dir, args.logging_dir)), args.tracker_run_name
-    options = {"wandb": {"dir": folder, "name": name}, "trackio": {"name": name}}
-    with or_refuse(f"--report_to {args.report_to}: a tracker does not start: mend it or leave it out"):
+    config = {name: value for name, value in facts.items() if value is not None}
+    options = {"wandb": {"dir": str(Path(args.output_dir, args.logging_dir)), "name": args.tracker_run_name}}
+    with or_refuse(f"--report_to {args.report_to}: could not start a tracker; fix it or drop it from --report_to"):
         accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def catch_signals(cleanup):
-    """A list that SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) put their number into; a second ends the process."""
+    """A list that signals put their number into, unless they are ignored (nohup); a second one ends the process."""
     caught = []
 
     def catch(number, frame):
@@ -1481,270 +2140,392 @@ def catch_signals(cleanup):
             os._exit(128 + number)
         caught.append(number)
         name = signal.Signals(number).name
-        print(f"\n{name}: the run saves a checkpoint and ends; a second signal ends it at once", file=sys.stderr)
+        print(f"\n{name}: the run saves what it has trained and ends; a second ends it at once", file=sys.stderr)
 
-    with contextlib.suppress(ValueError):  # outside of the main thread, where Python catches none
+    with contextlib.suppress(ValueError):  # outside the main thread Python cannot catch signals
         for number in SIGNALS:
-            cleanup.callback(signal.signal, number, signal.signal(number, catch))
+            before = signal.getsignal(number)
+            if before != signal.SIG_IGN:
+                signal.signal(number, catch)
+                cleanup.callback(signal.signal, number, before)
     return caught
 
 
-def leave_signals(worker):
+def ignore_signals(worker):
     """Has a loader process leave signals to the training process, which needs its batches to finish the update."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C and a launcher signal the whole group
-    for number in SIGNALS:  # torch itself ends the process by SIGTERM
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torch itself ends the process by it
 
 
 def read_signal(accelerator, caught):
-    """The signal that any process has caught, or 0. Called on all of them alike."""
-    return int(accelerator.gather(torch.tensor([max(caught, default=0)], device=accelerator.device)).max())
+    """The signal that any process has caught, or 0. A collective: to be called on all of them alike."""
+    number = max(caught, default=0)
+    if accelerator.num_processes == 1:  # else the host would wait for the device
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
+
+def list_prompts(args, dataset, held_out):
+    """All prompts that a run needs, each once; the empty one where captions are dropped or images are drawn."""
+    prompts = {*(args.validation_prompt or ()), args.class_prompt} - {None}
+    for images in filter(None, (dataset, held_out)):
+        for choices in images.prompts.values():
+            prompts.update(*choices)
+    if args.caption_dropout or args.validation_prompt:
+        prompts.add("")
+    return sorted(prompts)
 
 
 def encode_once(args, parts, accelerator, targets, dataset, held_out):
-    """The prompts' table and the VAE, after encoding what training does not change; each encoder goes when done."""
-    prompts = {prompt for each in (dataset, held_out) if each for kind in each.prompts.values() for prompt in kind}
-    prompts |= {"", *filter(None, (args.validation_prompt, args.class_prompt))}
+    """Encodes what training does not change; each text encoder goes before the next one comes, then the VAE."""
     embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
-    embed.report_cut(sorted(prompts))
-    embed.fill(parts, sorted(prompts))
+    prompts = list_prompts(args, dataset, held_out)
+    embed.report_cut(prompts)
+    embed.fill(parts, prompts)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     vae.enable_slicing()  # image by image: 2.5 GiB at 1024 px, whatever the batch
-    if args.cache_latents:
+    args.cache_latents |= bool(dataset) and dataset.has_fixed_crops()  # the same latents, for less
+    if args.cache_latents and dataset:
         cache_moments(dataset, vae, accelerator, "latents")
     if held_out:
         cache_moments(held_out, vae, accelerator, "held out")
     if args.cache_latents or args.offload:
         vae.to("cpu")
         training_utils.free_memory()
-    return embed, vae
+    return Frozen(embed, vae, load_scheduler(args, parts, accelerator), held_out)
 
 
 def make_loader(args, accelerator, dataset):
-    """Batches on the device, this process's share, the sampler that orders them, and updates an epoch and in all."""
-    sampler = EpochSampler(args, dataset, accelerator.num_processes)
-    options = {"num_workers": args.dataloader_num_workers, "persistent_workers": args.dataloader_num_workers > 0}
-    options |= {"worker_init_fn": leave_signals, "pin_memory": accelerator.device.type == "cuda"}
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options)
-    updates = len(sampler) * args.train_batch_size // sampler.update
+    """This process's batches, on the device; the list of all, to be filled each epoch; updates an epoch and in all."""
+    batches = Batches(order_epoch(args, dataset, accelerator.num_processes, 0))
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+        worker_init_fn=ignore_signals,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    updates = len(batches) // (accelerator.num_processes * args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * updates
     if args.lr_warmup_steps > total and args.lr_scheduler != "constant":
         log.warning(f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends in the warm-up, after {total} updates")
-    return accelerator.prepare(loader), sampler, updates, total
+    return accelerator.prepare(loader), batches, updates, total
 
 
-def prepare_models(args, accelerator, trained, total):
-    """The models as accelerate runs them, their trained parameters, the optimizer, its schedule and the average."""
+def checkpoint_activations(model):
+    """Turns gradient checkpointing on, by the name that the library and its version give it."""
     names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
-    for model in trained.values() if args.gradient_checkpointing else ():
-        getattr(model, next(name for name in names if hasattr(model, name)))()  # by version of the library
-    optimizer = make_optimizer(args, accelerator, trained)
-    options = {"num_training_steps": total, "num_cycles": args.lr_num_cycles, "power": args.lr_power}
-    schedule = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, **options)
-    *models, optimizer, schedule = accelerator.prepare(*trained.values(), optimizer, schedule)
-    if accelerator.distributed_type.value == "FSDP":  # accelerate has all others enter autocast by themselves
-        models[0].forward = accelerator.autocast()(models[0].forward)
-    trained = dict(zip(trained, models, strict=True))
-    # accelerate leaves the weights to save_weights and load_trained, which write and read them in the form users load.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-    if accelerator.num_processes > 1:  # from here on a process that hangs is found out sooner
+    for name in names:
+        if hasattr(model, name):
+            getattr(model, name)()
+            return
+
+
+def hand_out(accelerator, model, weights):
+    """Gives each process its part of the weights, which the main process alone has read. A collective."""
+    for part, weight in zip(model.state_dict().values(), weights.values(), strict=True):
+        weight = weight.to(accelerator.device)
+        torch.distributed.broadcast(weight, 0)
+        if isinstance(part, DTensor):  # else a buffer, which each process has as a whole
+            weight = distribute_tensor(weight, part.device_mesh, part.placements)
+        part.copy_(weight)
+
+
+def prepare_models(args, accelerator, models, total):
+    """The models as accelerate runs them, their trained parameters, the optimizer, its schedule and the average."""
+    if args.gradient_checkpointing:
+        for model in models.values():
+            checkpoint_activations(model)
+    optimizer = make_optimizer(args, accelerator, models)
+    schedule = make_schedule(args, optimizer, total)
+    weights = models["transformer"].state_dict()
+    *wrapped, optimizer, schedule = accelerator.prepare(*models.values(), optimizer, schedule)
+    if is_split(accelerator):
+        hand_out(accelerator, wrapped[0], weights)
+    if accelerator.num_processes > 1:  # from here on no step takes long: notice a hanging process sooner
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=20))
-    parameters = [parameter for model in models for parameter in trained_parameters(model)]
-    average = training_utils.EMAModel([p.float() for p in parameters], decay=args.ema_decay) if args.use_ema else None
-    return trained, parameters, optimizer, schedule, average
+    parameters = sum(map(trained_parameters, wrapped), [])
+    average = None
+    if args.use_ema:
+        copies = [parameter.float() for parameter in parameters]
+        average = training_utils.EMAModel(copies, decay=args.ema_decay, foreach=True)
+    return Trained(dict(zip(models, wrapped, strict=True)), parameters, optimizer, schedule, average)
 
 
-def read_update(args, accelerator, seen, norm, caught):
-    """Figures of an update, averaged over the losses (B,) of its batches, `seen`, and the processes; a signal or 0."""
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: each process has a part of it
-    parts = torch.stack(seen).mean(dim=0).chunk(2 if args.with_prior_preservation else 1)
-    others = [torch.as_tensor(value).to(parts[0]) for value in (norm, max(caught, default=0))]
-    rows = accelerator.gather(torch.stack([*(part.mean() for part in parts), *others])[None])
-    rows = torch.cat([rows[:, :-1].mean(dim=0), rows[:, -1:].amax(dim=0)])
-    *losses, norm, number = rows.tolist()  # here the host waits for the device, once an update
+def read_update(args, accelerator, seen, norm):
+    """Figures of an update: gradient norm and loss, the mean over its batches, (B,) each in `seen`, and processes."""
+    losses = torch.stack(seen).mean(dim=0)
     seen.clear()
-    figures = {"loss": losses[0], "grad_norm": norm}
-    if args.with_prior_preservation:
-        figures |= {"instance_loss": losses[0], "prior_loss": losses[1]}
-        figures["loss"] += args.prior_loss_weight * losses[1]
-    return figures, int(number)
+    weights = loss_weights(args)
+    kinds = losses.chunk(len(weights))
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # FSDP2: each process has a part of it
+    row = [*(kind.mean() for kind in kinds), torch.as_tensor(norm).to(losses)]
+    rows = accelerator.gather(torch.stack(row)[None])
+    *losses, norm = rows.mean(dim=0).tolist()  # here the host waits for the device, once an update
+    figures = {"loss": float(np.dot(losses, list(weights.values()))), "grad_norm": norm}
+    if losses[1:]:
+        figures |= zip(weights, losses, strict=True)
+    return figures
 
 
-def may_update(accelerator, figures, step, skipped):
-    """Whether an update may reach the weights. `skipped` collects those that may not; ten in a row end the run."""
-    finite, scaler = math.isfinite(figures["loss"]), accelerator.scaler
-    if finite and (math.isfinite(figures["grad_norm"]) or scaler is not None and scaler.get_scale() > 1):
-        return True  # where float16 gradients overflow, the scaler skips the update by itself and lowers its scale
-    skipped.append(step)
-    figures["skipped_updates"] = len(skipped)
-    log.warning(f"update {step} is skipped, for it is not finite: {figures}")
-    if skipped[-10:] == list(range(step - 9, step + 1)):
+def check_finite(accelerator, state, figures):
+    """Whether loss and gradient are finite. Counts updates that are not, and ends the run after ten in a row."""
+    finite_loss = math.isfinite(figures["loss"])
+    if finite_loss and math.isfinite(figures["grad_norm"]):
+        return True
+    if finite_loss and accelerator.scaler and accelerator.scaler.get_scale() > 1:
+        return False  # float16 gradients overflow now and then, until the scale is low enough
+    update = state.step + 1
+    state.skipped.append(update)
+    figures["skipped_updates"] = len(state.skipped)
+    log.warning(f"skipping update {update}: loss or gradient is not finite: {figures}")
+    if state.skipped[-10:] == list(range(update - 9, update + 1)):
         sys.exit("ten updates in a row were not finite: lower the rate and resume from the last checkpoint")
-    return scaler is not None  # which has to see the update to skip it
+    return False
 
 
-def log_update(accelerator, bar, trained, schedule, figures, step):
+def step_optimizer(accelerator, trained, finite):
+    """Updates the weights, the schedule and the average, unless loss or gradient is not finite."""
+    if finite or accelerator.scaler:  # the scaler skips the update by itself, and lowers its scale
+        trained.optimizer.step()
+        finite = not accelerator.optimizer_step_was_skipped
+    if finite:
+        trained.schedule.step()
+        if trained.average:
+            trained.average.step(trained.parameters)
+    trained.optimizer.zero_grad(set_to_none=True)
+
+
+def peak_memory_gb(device):
+    """The most memory so far: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def log_figures(accelerator, state, figures):
+    """Sends figures to the trackers. One that fails is dropped: logs are not worth the weights."""
+    for tracker in [*accelerator.trackers]:
+        with attempt(state.failed, f"logging to {tracker.name}"):
+            tracker.log(figures, step=state.step)
+            continue
+        accelerator.trackers.remove(tracker)
+
+
+def log_update(accelerator, optimizer, figures, state):
     """One log point of an update, and the bar's figures."""
-    for name, rate in zip(trained, schedule.get_last_lr(), strict=True):
-        figures["lr" if name == "transformer" else f"lr_{name}"] = rate
-    accelerator.log(figures, step=step)
-    bar.update()
-    bar.set_postfix(loss=f"{figures['loss']:.4f}", lr=f"{figures['lr']:.2e}")
+    for group in optimizer.param_groups:
+        name = group["name"]
+        figures["lr" if name == "transformer" else f"lr_{name}"] = group["lr"]
+    seconds = time.perf_counter() - state.clock
+    state.seconds.append(seconds)
+    state.memory_gb = peak_memory_gb(accelerator.device)
+    state.losses.append(figures["loss"])
+    average = float(np.ma.masked_invalid(state.losses[-100:]).mean())
+    figures |= {"loss_average": average, "seconds_per_update": seconds, "memory_gb": state.memory_gb}
+    log_figures(accelerator, state, figures)
+    shown = {"loss": figures["loss"], "average": average, "lr": figures["lr"], "seconds": seconds}
+    state.bar.set_postfix(shown, gb=state.memory_gb, refresh=False)
+    state.bar.update()
+
+
+def save_result(args, accelerator, trained, state, parts):
+    """Writes the final weights, then a manifest. Where it cannot, it tries every minute until a signal comes."""
+    while not state.finished:
+        failed = []
+        with attempt(failed, f"writing the result to {args.output_dir} (tried every minute until a signal)"):
+            save_weights(args, accelerator, trained.models, args.output_dir, parts)
+            if accelerator.is_main_process:
+                write_manifest(args, state, args.output_dir, RESULT["files"])
+        state.finished = not utils.gather_object(failed)
+        if not state.finished:
+            time.sleep(60)
+            stop = read_signal(accelerator, state.caught)
+            if stop:
+                sys.exit(128 + stop)
+
+
+def end_training(accelerator, state):
+    """Ends the trackers and the process group: from here on no process waits for another."""
+    state.bar.close()  # else it would be drawn once more below the last line
+    # Drop DDP's reference to the process group, or its destructor deadlocks with gloo's threads over the GIL at exit.
+    accelerator.state.group = torch.distributed.group.WORLD
+    with attempt(state.failed, "ending the trackers"):
+        accelerator.end_training()
+
+
+def report_end(args, accelerator, state, stop):
+    """Exits: 128 + signal after a signal, 1 with a reason if anything is missing, else normally."""
+    reasons = []
+    if state.failed:
+        reasons.append(f"{', '.join(state.failed)} failed")
+    if len(state.skipped) * 10 > state.total:
+        reasons.append(f"{len(state.skipped)} of {state.total} updates were skipped, not being finite: lower the rate")
+    if stop:
+        name = signal.Signals(stop).name
+        way = "makes what is missing" if state.finished else "goes on"
+        reasons.append(f"{name} came at update {state.step}: --resume_from_checkpoint latest {way}")
+    elif state.step < state.total:
+        reasons.append(f"{state.step} of {state.total} updates were made")
+    if reasons:
+        if accelerator.is_main_process:
+            print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
+        sys.exit(128 + stop if stop else 1)
+    log.info(f"The result is in {args.output_dir}")
+    log.info(describe_cost(state))
+
+
+MEMORY_FLAGS = (  # the most effective first
+    "gradient_checkpointing cache_latents offload full_bf16 use_8bit_adam fused_backward_pass blocks_to_swap"
+    " bnb_quantization_config_path"
+).split()
 
 
 @contextlib.contextmanager
-def attempt(failed, what):
-    """Lets what is not worth the weights fail by itself: says so, adds it to `failed`; yields a list for a result."""
+def name_memory_flags(args):
+    """Ends a run for which the GPU has too little memory with the flags that lower its need."""
     try:
-        yield []
-    except InterruptedError:  # by a signal, which is obeyed later
-        pass
-    except Exception as error:  # whatever drawing, a tracker or the Hub raises
-        failed.append(what)
-        log.error(f"{what} failed ({type(error).__name__}: {' '.join(str(error).split())})", main_process_only=False)
+        yield
+    except torch.OutOfMemoryError as error:
+        unused = [f"--{flag}" for flag in MEMORY_FLAGS if not vars(args).get(flag, True)]
+        sys.exit(f"out of GPU memory: add {', '.join(unused)}, or lower --train_batch_size ({error})")
 
 
-def end_run(args, accelerator, bar, step, total, skipped, failed, stop):
-    """Ends the run: after a signal with 128 + its number, where less was done than asked for with 1 and the reason."""
-    bar.close()  # else it would be drawn once more below the last line
-    failed = utils.broadcast_object_list([failed])[0]
-    # Else DDP would be the last to hold the group, and at the end of main would wait for gloo's threads while it has
-    # Python's lock, which they may need to let go of what they have just sent.
-    accelerator.state.group = torch.distributed.group.WORLD
-    accelerator.end_training()
-    reasons = [f"{', '.join(failed)} failed"] if failed else []
-    if step < total:
-        reasons.append(f"{step} of {total} updates were made")
-    if len(skipped) * 10 > total:
-        reasons.append(f"{len(skipped)} of {total} updates were skipped, not being finite: lower the rate")
-    if stop:
-        reasons = [f"{signal.Signals(stop).name} came at update {step}: --resume_from_checkpoint latest goes on"]
-    if reasons and accelerator.is_main_process:
-        print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
-    if reasons:
-        sys.exit(128 + stop if stop else 1)
-    log.info(f"The result is in {args.output_dir}")
+def choose_seed(args, manifest):
+    """Without --seed: that of the checkpoint, or a random one, the same on all processes."""
+    drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
+    if args.seed is None:
+        args.seed = manifest.get("seed", drawn)
 
 
 def draw_sheet(args, dataset):
-    """Writes dry_run.png: up to 200 instance images as the model gets them in the first epoch, above their prompts."""
-    tiles = []
-    for number, prompt in enumerate(dataset.prompts["instance"][:200]):
+    """Writes dry_run.png: up to 200 instance images, cropped as in the first epoch."""
+    count = min(len(dataset.images["instance"]), 200)
+    sheet = Image.new("RGB", (10 * 192, math.ceil(count / 10) * 192), "white")
+    for number in range(count):
         seed = derive_seed(args.seed, "instance", 0, number)
         pixels = dataset.pixels("instance", number, dataset.size(number), seed)
-        if args.alpha_mask:  # what is left out is grey
-            pixels = pixels[:3] * (pixels[3:] + 1) / 2
-        picture = VaeImageProcessor().postprocess(pixels[None], output_type="pil")[0]
-        tile = ImageOps.expand(ImageOps.pad(picture, (192, 192), color="white"), (8, 8, 8, 56), "white")
-        words = "\n".join(prompt[start : start + 32] for start in range(0, min(len(prompt), 96), 32))
-        ImageDraw.Draw(tile).text((8, 208), words, "black", ImageFont.load_default(12))
-        tiles.append(tile)
-    columns = math.ceil(len(tiles) ** 0.5)
-    tiles += [Image.new("RGB", (208, 256), "white")] * (-len(tiles) % columns)
-    save_image(make_image_grid(tiles, len(tiles) // columns, columns), Path(args.output_dir, "dry_run.png"))
+        picture = Image.fromarray(pixels[:3].permute(1, 2, 0).numpy())
+        sheet.paste(ImageOps.contain(picture, (190, 190)), (number % 10 * 192, number // 10 * 192))
+    save_image(sheet, Path(args.output_dir, "dry_run.png"))
 
 
 def report_dry_run(args, parts, accelerator, targets, dataset):
-    """Says what the run would do before its weights are loaded, and draws its images as the model gets them."""
+    """Says what the run would do, before any weights are loaded, and draws its images as the model gets them."""
     table = PromptTable(args, parts, accelerator, frozen_dtype(accelerator))
-    table.report_cut(sorted(set(dataset.prompts["instance"])))
+    table.report_cut(list_prompts(args, dataset, None))
     if args.with_prior_preservation:
-        dataset.images["class"] = [None] * args.num_class_images  # those that lack are not drawn
+        dataset.images["class"] = [None] * args.num_class_images  # missing ones are not drawn
     _, _, updates, total = make_loader(args, accelerator, dataset)
-    if accelerator.is_main_process:
-        draw_sheet(args, dataset)
-        models = {name: sketch_part(args, parts, name) for name in targets}
-        for name, model in models.items():
-            make_trainable(args, model, targets[name])
-        count = sum(parameter.numel() for model in models.values() for parameter in trained_parameters(model))
-        print(f"updates: {total}, which is {total / updates:.1f} epochs of {updates}")
-        print(f"trained: {count:,} parameters of {', '.join(targets)}")
-        print(f"drawn:   {Path(args.output_dir, 'dry_run.png')}, cropped as in the first epoch")
+    if not accelerator.is_main_process:
+        return
+    draw_sheet(args, dataset)
+    count = 0
+    for name, layers in targets.items():
+        model = sketch_part(args, parts, name)
+        make_trainable(args, model, layers)
+        count += sum(parameter.numel() for parameter in trained_parameters(model))
+    print(f"updates: {total}, which is {total / updates:.1f} epochs of {updates}")
+    print(f"trained: {count:,} parameters of {', '.join(targets)}")
+    print("drawn:   dry_run.png in --output_dir, cropped as in the first epoch")
 
 
 def main(args):
-    """Trains, and leaves in output_dir what the module's docstring lists."""
+    """Runs training from start to result."""
     accelerator = start_accelerator(args)
-    with contextlib.ExitStack() as cleanup:
-        # What there is: a folder for this run alone, the base model, what of it is trained, a run to go on from.
+    with contextlib.ExitStack() as cleanup, name_memory_flags(args):
+        # The run's own folder, the base model, the layers to train, and the checkpoint to resume, if any.
         claim_folder(args, accelerator, cleanup)
+        check_optimizer(args, accelerator)
         parts = read_pipeline(args)
-        targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
-        seed = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
-        step, args.seed = manifest.get("step", 0), manifest.get("seed", seed) if args.seed is None else args.seed
+        finished = checkpoint == Path(args.output_dir)  # then only images, card and upload are made
+        targets = choose_targets(args, parts, accelerator, checkpoint)
+        choose_seed(args, manifest)
 
-        # The data: all of it is checked before anything is created, drawn or loaded. A dry run ends here.
-        dataset, held_out = read_instances(args), read_held_out(args)
-        run = describe_run(args, accelerator, dataset)
-        compare_runs(accelerator, checkpoint, manifest.get("run", run), run)
+        # The data. Everything is checked before anything is created, drawn or loaded. A dry run ends here.
+        dataset = read_instances(args)
+        held_out = read_held_out(args)
+        facts = describe_run(args, accelerator, dataset)
+        compare_runs(accelerator, checkpoint, manifest, facts)
         if args.dry_run:
             report_dry_run(args, parts, accelerator, targets, dataset)
             return
         repository = open_repository(args, accelerator)
-        start_trackers(args, accelerator, run)
-        if args.with_prior_preservation:
+        start_trackers(args, accelerator, facts)
+        if args.with_prior_preservation and not finished:
             add_class_images(args, parts, accelerator, dataset)
-        loader, sampler, updates, total = make_loader(args, accelerator, dataset)
+        loader, batches, updates, total = make_loader(args, accelerator, dataset)
 
-        # What is frozen: the text encoders, then the VAE, each gone before the next one comes. Then what is trained.
-        embed, vae = encode_once(args, parts, accelerator, targets, dataset, held_out)
-        scheduler = load_scheduler(args, parts, accelerator)
-        trained = load_trained(args, parts, accelerator, targets, checkpoint)
-        trained, parameters, optimizer, schedule, average = prepare_models(args, accelerator, trained, total)
-        if checkpoint:
-            resume(accelerator, checkpoint, average, step, total)
-        embed.trained, models, transformer = trained, list(trained.values()), trained["transformer"]
-        caught, seen, skipped, failed = catch_signals(cleanup), [], [], []
-        bar = tqdm(total=total, initial=step, desc="Training", disable=not accelerator.is_main_process)
-        for epoch in range(max(step - 1, 0) // updates, math.ceil(total / updates)):  # step - 1: its images may be due
-            sampler.epoch, sampler.start = epoch, max(step - epoch * updates, 0) * args.gradient_accumulation_steps
-            for batch in loader if step < (epoch + 1) * updates else ():
-                if step >= total:
+        # Frozen models encode what training does not change, and are freed one by one. Then what is trained is loaded.
+        frozen = encode_once(args, parts, accelerator, targets, None if finished else dataset, held_out)
+        models = load_trained(args, parts, accelerator, targets, checkpoint)
+        trained = prepare_models(args, accelerator, models, total)
+        frozen.embed.trained = trained.models  # text encoders that are trained are called, not looked up
+        state = Progress(facts, catch_signals(cleanup), manifest.get("step", 0), total, finished=finished)
+        cleanup.enter_context(rescue(args, accelerator, trained, state))
+        resume(accelerator, checkpoint, trained, state)
+
+        state.bar = tqdm(total=total, initial=state.step, desc="Training", disable=not accelerator.is_main_process)
+        first_epoch = max(state.step - 1, 0) // updates  # step - 1: its epoch's validation may be due
+        seen = []
+        for epoch in range(first_epoch, 0 if finished else math.ceil(total / updates)):
+            done = max(state.step - epoch * updates, 0)
+            batches[:] = order_epoch(args, dataset, accelerator.num_processes, epoch, done)
+            state.clock = time.perf_counter()
+            for batch in loader:
+                if state.step >= total:
                     break
-                with accelerator.accumulate(*models):
+                with accelerator.accumulate(*trained.models.values()):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
-                    moments = batch["data"] if args.cache_latents else encode_moments(vae, batch["data"])
-                    drawn = draw_latents(args, vae.config, moments, batch["seeds"], accelerator.device)
-                    losses = batch_losses(args, transformer, scheduler, embed, batch["prompts"], drawn)
+                    moments = batch["data"] if args.cache_latents else encode_moments(frozen.vae, batch["data"])
+                    drawn = draw_latents(args, frozen.vae.config, moments, batch["seeds"], accelerator.device)
+                    losses = batch_losses(args, accelerator, trained.models, frozen, batch["prompts"], drawn)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:
                     continue
 
-                norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                figures, stop = read_update(args, accelerator, seen, norm, caught)
-                updated = may_update(accelerator, figures, step + 1, skipped)
-                if updated:
-                    optimizer.step()
-                    updated = not accelerator.optimizer_step_was_skipped  # by the scaler of fp16
-                if updated:
-                    schedule.step()
-                if updated and average:
-                    average.step(parameters)
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                log_update(accelerator, bar, trained, schedule, figures, step)
-                if stop or step % args.checkpointing_steps == 0:
-                    save_checkpoint(args, accelerator, trained, average, run, step)
+                norm = clip_gradient(args, accelerator, trained)
+                figures = read_update(args, accelerator, seen, norm)
+                stop = read_signal(accelerator, state.caught)
+                step_optimizer(accelerator, trained, check_finite(accelerator, state, figures))
+                state.step += 1
+                log_update(accelerator, trained.optimizer, figures, state)
+                if stop or state.step % args.checkpointing_steps == 0:
+                    save_checkpoint(args, accelerator, trained, state)
                 if stop:
-                    end_run(args, accelerator, bar, step, total, skipped, failed, stop)
+                    end_training(accelerator, state)
+                    report_end(args, accelerator, state, stop)
+                state.clock = time.perf_counter()
 
-            if epoch % args.validation_epochs == 0 and step < total:
-                with attempt([], f"validation at update {step}"), evaluation(models, parameters, average):
-                    validate(args, accelerator, embed, vae, scheduler, held_out, step, caught)
-        bar.close()
+            if epoch % args.validation_epochs == 0 and state.step < total:
+                with evaluation(trained):
+                    validate(args, accelerator, trained, frozen, state)
 
-        # The weights come first: nothing that follows is worth them.
-        with evaluation(models, parameters, average):
-            save_weights(args, accelerator, trained, args.output_dir, final=True)
-            with attempt(failed, "drawing the final images") as paths:
-                paths += validate(args, accelerator, embed, vae, scheduler, held_out, step, caught, final=True)
-        publish(args, accelerator, repository, step, paths, failed)
-        end_run(args, accelerator, bar, step, total, skipped, failed, read_signal(accelerator, caught))
+        # The weights are saved first: whatever fails after this cannot lose them.
+        with evaluation(trained):
+            save_result(args, accelerator, trained, state, parts)
+            paths = validate(args, accelerator, trained, frozen, state)
+        stop = read_signal(accelerator, state.caught)
+        end_training(accelerator, state)
+        if accelerator.is_main_process and not stop:
+            publish(args, parts, repository, state, paths)
+        report_end(args, accelerator, state, stop)
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    try:
+        main(ARGS)
+    except KeyboardInterrupt:
+        print("\nSIGINT: the run ends before its first update", file=sys.stderr)
+        sys.exit(130)

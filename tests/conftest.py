@@ -41,7 +41,7 @@ from ranks import draw_fast
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 # Runs the LoRA script with each list of flags of a JSON list. Prints exit codes but 0, and ==== on stderr after each.
 SEVERAL = f"""
 import json, sys
@@ -271,12 +271,12 @@ def launch(tmp_path):
 
 
 def start_two_processes(folder, cases, *options, environment=None):
-    """Runs the cases of tests/ranks.py one after the other in two processes, and sees that all end as they should."""
+    """Runs the cases of support/ranks.py one after another in two processes, and sees that all end as they should."""
     path = Path(folder, "cases.json")
     path.write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
     done = subprocess.run(
-        [*command, str(ROOT / "tests/ranks.py"), str(path)],
+        [*command, str(ROOT / "tests/support/ranks.py"), str(path)],
         env=environment or {**os.environ, "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,

@@ -1,0 +1,360 @@
+"""Input that demanding users give: what is damaged, contradictory or without sense ends in one line and exit code 2.
+
+A damaged part of the base model is named with the cause, wherever in a run it is loaded.
+"""
+
+import json
+import logging
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from accelerate import Accelerator
+from conftest import load_script
+from datasets import Dataset, DatasetDict, NamedSplit
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+MODELS = (*ENCODERS, "vae", "transformer")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 4665\n"
+
+
+# A base model's folder that is damaged.
+
+
+@pytest.fixture
+def model(checkpoints, tmp_path):
+    """A pipeline whose files can be changed: copies of small ones, links to the weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for path in checkpoints().rglob("*.safetensors"):
+        (folder / path.relative_to(checkpoints())).symlink_to(path)
+    return folder
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder, change):
+    path = next(folder.glob("*.safetensors"))
+    data = change(path.read_bytes())
+    path.unlink()
+    path.write_bytes(data)
+
+
+def vocabulary(folder):
+    return [path for path in folder.iterdir() if path.name != "tokenizer_config.json"]
+
+
+LAYERS = {"vae": ("layers_per_block", 2), "transformer": ("num_layers", 3), "text_encoder_3": ("num_layers", 3)}
+WIDTHS = {"vae": "block_out_channels", "transformer": "num_attention_heads", "text_encoder_3": "d_model"}
+
+
+def more_layers(model, part):
+    name, number = LAYERS.get(part, ("num_hidden_layers", 3))
+    change_json(model / part / "config.json", **{name: number})
+
+
+def fewer_layers(model, part):
+    name, _ = LAYERS.get(part, ("num_hidden_layers", 3))
+    change_json(model / part / "config.json", **{name: 1})
+
+
+def another_width(model, part):
+    change_json(model / part / "config.json", **{"latent_channels" if part == "vae" else "intermediate_size": 8})
+
+
+def word_for_a_number(model, part):
+    change_json(model / part / "config.json", **{WIDTHS.get(part, "hidden_size"): "many"})
+
+
+def of_class(model, part, name, library=None):
+    library = library or ("transformers" if part.startswith("t") and part != "transformer" else "diffusers")
+    change_json(model / "model_index.json", **{part: [library, name]})
+
+
+NO_FIT = "its weights do not fit its config"
+# Name: what is done to a part, to which parts, and what the line says beside the part's name.
+DAMAGE = {
+    "weights cut short": (lambda m, p: change_weights(m / p, lambda data: data[: len(data) // 2]), MODELS, ""),
+    "weights are a git-lfs pointer": (lambda m, p: change_weights(m / p, lambda data: POINTER), MODELS, ""),
+    "no weights": (lambda m, p: next((m / p).glob("*.safetensors")).unlink(), MODELS, ""),
+    "a layer without weights": (more_layers, ENCODERS, NO_FIT),
+    "a layer more or less": (more_layers, ("vae", "transformer"), ""),  # diffusers sees to it
+    "a word for a number": (word_for_a_number, MODELS, ""),
+    "no config": (lambda m, p: (m / p / "config.json").unlink(), MODELS, ""),
+    "half a config": (lambda m, p: (m / p / "config.json").write_text('{"_class'), MODELS, ""),
+    "no folder": (lambda m, p: shutil.rmtree(m / p), (*TOKENIZERS, "scheduler", "text_encoder", "transformer"), ""),
+    "an unknown class": (
+        lambda m, p: of_class(m, p, "SD3Transformer2DModelFlowMatch"),
+        (*MODELS, *TOKENIZERS, "scheduler"),
+        "",
+    ),
+    "a class of another library": (lambda m, p: of_class(m, p, "X", "os"), ("vae", "tokenizer_3"), "os X"),
+    "no vocabulary": (lambda m, p: [path.unlink() for path in vocabulary(m / p)], TOKENIZERS, ""),
+    "a vocabulary of nonsense": (
+        lambda m, p: [path.write_text('{"a": ') for path in vocabulary(m / p)],
+        TOKENIZERS,
+        "",
+    ),
+    "another transformer": (
+        lambda m, p: of_class(m, p, "FluxTransformer2DModel"),
+        ("transformer",),
+        "diffusers FluxTransformer2DModel",
+    ),
+    "another scheduler": (lambda m, p: of_class(m, p, "DDIMScheduler"), ("scheduler",), "diffusers DDIMScheduler"),
+    "no shift": (
+        lambda m, p: change_json(m / p / "config.json", shift_factor=None),
+        ("vae",),
+        "no shift_factor in its config",
+    ),
+    "a layer more than the config has": (fewer_layers, ENCODERS, NO_FIT),
+    "weights of another width": (another_width, ("vae", "text_encoder"), ""),
+}
+CASES = [(damage, part) for damage, (_, parts, _) in DAMAGE.items() for part in parts]
+# Where parts are read is the same text in both scripts, but LoRA looks at the transformer's config before all else.
+BY = [
+    (("full", "lora"), case) if case[1] == "transformer" else (("full", "lora")[n % 2 :][:1], case)
+    for n, case in enumerate(CASES)
+]
+ROWS = [pytest.param(kind, *case, id=f"{kind} {case[1]}: {case[0]}") for kinds, case in BY for kind in kinds]
+
+
+@pytest.mark.parametrize(("kind", "damage", "part"), ROWS)
+def test_a_damaged_part_of_the_model_is_named(refusal, model, damage, part):
+    spoil, _, cause = DAMAGE[damage]
+    spoil(model, part)
+    line = refusal(pretrained_model_name_or_path=model, max_train_steps=1)
+    start, _, rest = line.partition(repr(str(model)))
+    if start.startswith("--pretrained"):  # by the index alone
+        start, _, rest = rest.removeprefix(" is not an SD3 pipeline: its ").partition(" is ")
+    assert start.removesuffix(" is").split(" ")[0] == part
+    assert cause in rest
+
+
+@pytest.mark.parametrize("part", MODELS)
+def test_a_variant_that_is_not_there_is_named(refusal, model, part):
+    """The others have it."""
+    for other in MODELS:
+        path = next((model / other).glob("*.safetensors"))
+        if other != part:
+            path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    line = refusal(pretrained_model_name_or_path=model, variant="fp16")
+    assert line.startswith(f"{part} of {str(model)!r} cannot be loaded in the variant 'fp16' (")
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "[1]", "{}", '{"_class_name": "FluxPipeline"}'])
+def test_an_index_that_is_none(refused, model, text):
+    (model / "model_index.json").unlink()
+    if text is not None:
+        (model / "model_index.json").write_text(text)
+    assert refused(pretrained_model_name_or_path=model).startswith(f"--pretrained_model_name_or_path {str(model)!r}")
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("by", ["flag", "environment"])
+def test_fp16_on_a_cpu_is_refused(refused, monkeypatch, by, dry_run):
+    if by == "environment":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    line = refused(mixed_precision="fp16" if by == "flag" else None, dry_run=dry_run)
+    assert line.startswith("--mixed_precision fp16 needs a GPU")
+
+
+@pytest.mark.parametrize("kind", ["full"])
+def test_t5_is_not_trained_in_fp16(script, refused, monkeypatch):
+    def start(args, start=script.start_accelerator):
+        accelerator = start(args)
+        accelerator.state._mixed_precision = "fp16"  # as on a GPU
+        return accelerator
+
+    monkeypatch.setattr(script, "start_accelerator", start)
+    assert refused(train_text_encoder=True).startswith("--train_text_encoder: T5 overflows in fp16")
+
+
+# Folders to write to.
+
+
+@pytest.fixture
+def no_folders(tmp_path):
+    """Names that no folder can have, by why not."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    return {
+        "a file": tmp_path / "file",
+        "inside a file": tmp_path / "file/out",
+        "a dangling link": tmp_path / "link",
+        "too long": tmp_path / ("x" * 300),
+        "proc": "/proc/out",
+        "read-only": "/proc/sys",
+    }
+
+
+@pytest.mark.parametrize("why", ["a file", "inside a file", "a dangling link", "too long", "proc", "read-only"])
+@pytest.mark.parametrize("flag", ["output_dir", "class_data_dir"])
+def test_a_folder_that_cannot_be_written(refused, no_folders, flag, why):
+    folder, flags = no_folders[why], {}
+    if flag == "class_data_dir":
+        flags = {"with_prior_preservation": True, "class_prompt": "a dog"}
+    line = refused(**flags | {flag: folder})
+    assert line.startswith(f"--{flag} {str(folder)!r} cannot be written")
+
+
+def test_no_output_folder_at_all(refused):
+    assert refused(output_dir="").startswith("--output_dir is empty")
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{}/", "{}/../out", "{}/../link"])
+@pytest.mark.parametrize("flag", ["instance_data_dir", "class_data_dir", "validation_data_dir"])
+def test_images_are_not_read_where_images_are_written(refused, tmp_path, flag, spelling):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    flags = {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": tmp_path / "class"}
+    folder = spelling.format(tmp_path / "out")
+    assert refused(**flags | {flag: folder}).startswith(f"--{flag} is --output_dir")
+
+
+def test_images_of_an_earlier_run_are_neither_uploaded_nor_in_the_card(script, run, tmp_path, monkeypatch, few_steps):
+    uploads = []
+    monkeypatch.setattr(script, "open_repository", lambda *inputs: "user/dog")
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: uploads.append(options))
+    (tmp_path / "out/validation").mkdir(parents=True)
+    for name in ("image_0.png", "image_7.png", "validation/step-000001-0.png", "mine.safetensors"):
+        (tmp_path / "out" / name).write_bytes(b"of before")
+    out = run(script, validation_prompt="a dog", num_validation_images=1, max_train_steps=1, push_to_hub=True)
+    (upload,) = uploads
+    files = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
+    sent = set(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=upload["allow_patterns"]))
+    assert {"README.md", "image_0.png"} < sent
+    assert not sent & {"image_7.png", "validation/step-000001-0.png", "mine.safetensors", "image_grid.png"}
+    card = (out / "README.md").read_text()
+    assert "image_0.png" in card and "image_7" not in card
+    assert (out / "image_0.png").read_bytes() != b"of before"
+
+
+# Datasets.
+
+
+@pytest.fixture
+def dataset(pictures, tmp_path):
+    """Writes a dataset of one of these kinds, most of them wrong; returns the flags that name it."""
+
+    def dataset(kind):
+        source = tmp_path / "rows"
+        images = sorted(map(str, pictures().iterdir()))
+        rows = [{"image": image, "text": "a dog"} for image in images]
+        if kind == "urls":
+            rows[1]["image"] = "https://example.com/dog.png"
+        elif kind == "empty row":
+            rows[1]["image"] = None
+        text = "\n".join(map(json.dumps, rows))
+        if kind == "alone":
+            Dataset.from_list(rows, split=NamedSplit("slice")).save_to_disk(source)
+        elif kind == "saved":
+            DatasetDict({"train": Dataset.from_list(rows), "other": Dataset.from_list(rows)}).save_to_disk(source)
+        else:
+            source.mkdir()
+            suffix = "xyz" if kind == "unsupported" else "jsonl"
+            (source / f"rows.{suffix}").write_text(text[:-40] if kind == "broken" else text)
+        return {"dataset_name": source, "caption_column": "text", "cache_dir": tmp_path / "cache"}
+
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("form", "flags", "words"),
+    [
+        ("broken", {}, ["--dataset_name '{}' cannot be read ("]),
+        ("lines", {"dataset_split": "test"}, ["--dataset_name '{}' cannot be read (", "test", "train"]),
+        ("saved", {"dataset_split": "test"}, ["--dataset_split 'test' is not in it: it has train, other"]),
+        ("saved", {"dataset_split": "train[:1]"}, ["--dataset_split 'train[:1]' is not in it: it has train, other"]),
+        ("unsupported", {}, ["--dataset_name '{}' cannot be read ("]),
+        ("urls", {}, ["--dataset_name (ValueError: the image 'https://example.com/dog.png' cannot be read ("]),
+        ("empty row", {}, ["--dataset_name (ValueError: the image of row 1 cannot be read ("]),
+    ],
+)
+def test_a_dataset_that_cannot_be_used(refused, dataset, form, flags, words):
+    flags = dataset(form) | flags
+    line = refused(**flags)
+    for word in words:
+        assert word.format(flags["dataset_name"]) in line
+
+
+@pytest.mark.parametrize("split", ["slice", "train"])
+def test_a_dataset_that_was_saved_alone_is_its_own_split_and_train(script, run, dataset, capsys, split):
+    flags = dataset("alone") | {"dataset_split": split, "num_train_epochs": 1, "max_train_steps": None}
+    run(script, **flags, dry_run=True)
+    assert "updates: 2, which is 1.0 epochs of 2\n" in capsys.readouterr().out
+
+
+# Trackers.
+
+
+def test_a_tracker_that_does_not_start_ends_the_run_before_it_encodes(refused, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no login")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    line = refused(report_to="tensorboard")
+    assert line.startswith("--report_to tensorboard: could not start a tracker") and "no login" in line
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", ".."])
+def test_a_run_s_name_does_not_lead_out_of_the_folder(refused, name):
+    assert refused(tracker_run_name=name).startswith(f"--tracker_run_name {name!r} leads out of --output_dir")
+
+
+@pytest.mark.parametrize("text", ["tensorboard, wandb", " tensorboard,wandb,", "tensorboard ,wandb"])
+def test_trackers_with_spaces_and_a_trailing_comma(script, argv, text):
+    assert script.split_names(script.parse_args(argv(report_to=text)).report_to) == ["tensorboard", "wandb"]
+
+
+# What makes no sense is said.
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"lr_scheduler": "linear", "lr_warmup_steps": 3}, True),
+        ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500}, True),
+        ({"lr_scheduler": "linear", "lr_warmup_steps": 2}, False),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 500}, False),
+    ],
+)
+def test_a_warm_up_longer_than_the_run(script, run, caplog, flags, said):
+    run(script, **flags, dry_run=True)
+    lines = [line for line in caplog.messages if "--lr_warmup_steps" in line]
+    message = f"--lr_warmup_steps {flags['lr_warmup_steps']}: the run ends in the warm-up, after 2 updates"
+    assert [line.removeprefix("[RANK 0] ") for line in lines] == [message] * said
+
+
+def test_of_many_long_prompts_ten_are_named_and_all_counted(script, run, pictures, tmp_path, caplog):
+    shutil.copytree(pictures(12), tmp_path / "data")
+    for path in list((tmp_path / "data").iterdir()):
+        path.with_suffix(".txt").write_text(f"{path.stem} " * 100)
+    caplog.set_level(logging.INFO)
+    run(script, instance_data_dir=tmp_path / "data", dry_run=True)
+    assert sum("is too long" in line for line in caplog.messages) == 10
+    assert any(line.endswith("12 different prompts, 12 of them cut") for line in caplog.messages)
+
+
+HUGE = {"repeats": 10**9, "num_class_images": 10**6, "train_batch_size": 10**6, "dataloader_num_workers": 10**5}
+
+
+@pytest.mark.parametrize(("kind", "name"), [*(("full", name) for name in HUGE), ("lora", "rank")])
+def test_numbers_without_sense(script, refused, monkeypatch, name):
+    monkeypatch.setattr(script, "main", lambda args: None)  # which would fill the memory with one of them
+    number = HUGE.get(name, 10**6)
+    assert refused(**{name: number}).startswith(f"argument --{name}: {number} is out of range: give ")
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"),
+    [("12-24", range(12, 25)), ("0,3", [0, 3]), ("0, 3-5 ,7,", [0, 3, 4, 5, 7]), ("4", [4]), (None, range(38))],
+)
+def test_blocks_are_numbers_and_ranges(text, blocks):
+    assert load_script("lora").choose_blocks(SimpleNamespace(lora_blocks=text), 38) == list(blocks)

@@ -1,0 +1,211 @@
+"""The adapters' file: one for every loader, which applies them as they were trained; and which layers are in it."""
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import isolated
+from diffusers import StableDiffusion3Pipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+METHODS = {  # flags, and the scale of the adapters that they ask for
+    "default": ({}, 1.0),
+    "alpha": ({"rank": 7, "lora_alpha": 3}, 3 / 7),
+    "rslora": ({"rank": 7, "lora_alpha": 3, "use_rslora": True}, 3 / 7**0.5),
+    "dora": ({"rank": 7, "lora_alpha": 3, "use_dora": True}, 3 / 7),
+    "dora at scale 1": ({"use_dora": True}, 1.0),
+}
+
+# ComfyUI's names for the layers of an SD3 block, by diffusers' (comfy/utils.py, mmdit_to_diffusers), and which third
+# of a joint weight: its keys are these with "transformer." in front (comfy/lora.py, model_lora_keys_unet).
+COMFYUI_LAYERS = {
+    "attn.to_q": ("x_block.attn.qkv", 0),
+    "attn.to_k": ("x_block.attn.qkv", 1),
+    "attn.to_v": ("x_block.attn.qkv", 2),
+    "attn.add_q_proj": ("context_block.attn.qkv", 0),
+    "attn.add_k_proj": ("context_block.attn.qkv", 1),
+    "attn.add_v_proj": ("context_block.attn.qkv", 2),
+    "attn2.to_q": ("x_block.attn2.qkv", 0),
+    "attn2.to_k": ("x_block.attn2.qkv", 1),
+    "attn2.to_v": ("x_block.attn2.qkv", 2),
+    "attn.to_out.0": ("x_block.attn.proj", None),
+    "attn2.to_out.0": ("x_block.attn2.proj", None),
+    "attn.to_add_out": ("context_block.attn.proj", None),
+    "ff.net.0.proj": ("x_block.mlp.fc1", None),
+    "ff.net.2": ("x_block.mlp.fc2", None),
+    "ff_context.net.0.proj": ("context_block.mlp.fc1", None),
+    "ff_context.net.2": ("context_block.mlp.fc2", None),
+    "norm1.linear": ("x_block.adaLN_modulation.1", None),
+    "norm1_context.linear": ("context_block.adaLN_modulation.1", None),
+}
+COMFYUI_CLIP = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{name}_proj" for name in ("k", "q", "v", "out")))
+
+
+def read_as_comfyui(path, blocks=40):
+    """(up, down) of each layer by ComfyUI's rule, and the keys that it does not know. No alpha means a scale of 1."""
+    state, layers = load_file(path), {}
+    known = {f"transformer.transformer_blocks.{block}.{layer}" for block in range(blocks) for layer in COMFYUI_LAYERS}
+    for clip in ("text_encoder", "text_encoder_2"):
+        known |= {f"{clip}.text_model.encoder.layers.{n}.{layer}" for n in range(32) for layer in COMFYUI_CLIP}
+    for name in sorted(known):
+        if f"{name}.lora_B.weight" in state:
+            layers[name] = state.pop(f"{name}.lora_B.weight"), state.pop(f"{name}.lora_A.weight")
+    return layers, state.keys()
+
+
+def answers(models):
+    """What a transformer and two CLIPs make of fixed inputs."""
+    generator, transformer = torch.Generator().manual_seed(3), models["transformer"]
+    with torch.no_grad():
+        velocity = transformer(
+            hidden_states=torch.randn(1, 16, 4, 4, generator=generator),
+            encoder_hidden_states=torch.randn(1, 5, transformer.config.joint_attention_dim, generator=generator),
+            pooled_projections=torch.randn(1, transformer.config.pooled_projection_dim, generator=generator),
+            timestep=torch.tensor([500.0]),
+        ).sample
+        texts = [models[name](torch.arange(1, 9)[None]).text_embeds for name in models if name != "transformer"]
+    return [velocity, *texts]
+
+
+def load_parts(checkpoint, folder=None, encoders=True):
+    """Transformer and CLIPs of a pipeline that has loaded a folder's adapters, by name."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(checkpoint)
+    if folder:
+        pipeline.load_lora_weights(folder)
+    return {
+        name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2")[: 1 + 2 * encoders]
+    }
+
+
+def adapted_layers(models):
+    return {
+        f"{name}.{layer}": module
+        for name, model in models.items()
+        for layer, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+@pytest.fixture
+def train(lora, run, monkeypatch):
+    """Trains adapters and returns output_dir and the trained models' answers."""
+
+    def train(**flags):
+        found, save_weights = [], lora.save_weights
+
+        def save(args, accelerator, trained, folder, parts=None):
+            found.append(answers({name: model.eval() for name, model in trained.items()}))
+            save_weights(args, accelerator, trained, folder, parts)
+
+        monkeypatch.setattr(lora, "save_weights", save)
+        return run(lora, learning_rate=0.1, text_encoder_lr=0.1, **flags), found[-1]
+
+    return train
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_applied_as_trained(method, train, checkpoints):
+    """At a scale of 1: that of training is in the weights, which leaves the last bits to chance where it is not 1."""
+    flags, scale = METHODS[method]
+    output, trained = train(train_text_encoder=True, **flags)
+    models, base = load_parts(checkpoints(), output), load_parts(checkpoints())
+    adapted = adapted_layers(models)
+    assert {tuple(module.scaling.values()) for module in adapted.values()} == {(1.0,)}
+    for got, wanted, before in zip(answers(models), trained, answers(base), strict=True):
+        assert not torch.allclose(got, before, atol=1e-2)
+        if scale == 1:
+            assert torch.equal(got, wanted)
+        else:
+            torch.testing.assert_close(got, wanted)
+
+    with safe_open(output / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    if "use_dora" in flags:  # whose magnitudes ComfyUI knows by another name
+        return
+    layers, unknown = read_as_comfyui(output / WEIGHTS)
+    assert not unknown
+    assert layers.keys() == adapted.keys()
+    for name, module in adapted.items():
+        merged = module.get_base_layer().weight.data + layers[name][0] @ layers[name][1]
+        module.merge()
+        torch.testing.assert_close(merged, module.get_base_layer().weight.data)
+
+
+def test_a_checkpoint_has_the_raw_weights(train):
+    """So that a run that resumes goes on from the very numbers it trained."""
+    output, _ = train(rank=7, lora_alpha=3, checkpointing_steps=2)
+    raw, final = load_file(output / "checkpoint-2" / WEIGHTS), load_file(output / WEIGHTS)
+    assert raw.keys() == final.keys()
+    for name, tensor in final.items():
+        assert torch.equal(tensor, raw[name] * (3 / 7) if "lora_B" in name else raw[name]), name
+
+
+def test_comfyui_knows_every_layer_of_all_linear(train, checkpoints):
+    model = checkpoints(sd35=True)
+    output, _ = train(pretrained_model_name_or_path=model, lora_layers="all-linear", lora_alpha=2)
+    layers, unknown = read_as_comfyui(output / WEIGHTS)
+    kinds = {name.split(".", 3)[3] for name in layers}
+    assert not unknown
+    assert kinds == COMFYUI_LAYERS.keys()
+
+
+def targets(lora, argv, **flags):
+    args = lora.parse_args(argv(**flags))
+    with isolated():
+        accelerator = lora.start_accelerator(args)
+        return lora.choose_targets(args, lora.read_pipeline(args), accelerator)["transformer"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks", "found"),
+    [
+        ("attn.to_q", None, ["0.attn.to_q", "1.attn.to_q", "2.attn.to_q"]),
+        ("attn.to_q,", "1-2", ["1.attn.to_q", "2.attn.to_q"]),
+        ("to_q", "0", ["0.attn.to_q", "0.attn2.to_q"]),
+        ("attn2.*", None, ["0.attn2.to_q", "0.attn2.to_k", "0.attn2.to_v", "0.attn2.to_out.0"]),
+        ("ff.*", "1", ["1.ff.net.0.proj", "1.ff.net.2"]),
+        (" ff.net.2 , ff_context.net.2", "0, 1,", [f"{n}.ff{c}.net.2" for n in (0, 1) for c in ("", "_context")]),
+    ],
+)  # fmt: skip
+def test_layers(layers, blocks, found, lora, argv, checkpoints, caplog):
+    model = checkpoints(sd35=True, layers=3)
+    got = targets(lora, argv, pretrained_model_name_or_path=model, lora_layers=layers, lora_blocks=blocks)
+    assert sorted(got) == sorted(f"transformer_blocks.{name}" for name in found)
+    assert f"adapters: {dict(Counter(name.split('.', 1)[1] for name in sorted(found)))}" in caplog.text
+
+
+def test_all_linear_is_every_linear_layer_of_the_blocks(lora, argv, checkpoints):
+    model = checkpoints(sd35=True, layers=3)
+    transformer = lora.SD3Transformer2DModel.from_pretrained(model, subfolder="transformer").transformer_blocks
+    linear = [f"transformer_blocks.{n}" for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert targets(lora, argv, pretrained_model_name_or_path=model, lora_layers="all-linear") == linear
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"lora_layers": "attn.to_x"}, ("--lora_layers", "'attn.to_x'", "attn.to_q", "ff.net.2", "all-linear")),
+        ({"lora_layers": "attn2.*"}, ("--lora_layers", "'attn2.*'", "attn.to_q")),  # SD3 has no second attention
+        ({"lora_blocks": "2"}, ("--lora_blocks", "'2'", "0 to 1")),
+        (
+            {"lora_layers": "attn.to_add_out", "lora_blocks": "0,1"},
+            ("--lora_blocks", "block 1", "attn.to_add_out"),
+        ),
+    ],
+)
+def test_what_matches_nothing_is_refused(flags, words, lora, argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        targets(lora, argv, **flags)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+
+
+def test_resuming_at_another_scale_is_refused(lora, run, capsys):
+    run(lora, checkpointing_steps=1, max_train_steps=1)
+    with pytest.raises(SystemExit):
+        run(lora, resume_from_checkpoint="latest", lora_alpha=8)
+    assert "was trained with lora_alpha None, not 8.0" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""The model card: what it says of the base model and of the run, that its program runs as printed, and what of a
+person's it leaves alone."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate import PartialState
+from conftest import isolated
+from PIL import Image
+
+
+def read_card(path):
+    """The card's header as a dict, its text and its program."""
+    _, header, text = path.read_text().split("---\n", 2)
+    return yaml.safe_load(header), text, re.search(r"```py\n(.*?)```", text, re.DOTALL)[1]
+
+
+@pytest.fixture
+def write(script, argv, tmp_path):
+    """Writes the card of a run with some flags, and returns its path."""
+
+    def write(images=(), **flags):
+        out = tmp_path / "dog"
+        out.mkdir(exist_ok=True)
+        with isolated():
+            PartialState(cpu=True)  # for what is logged
+            args = script.parse_args(argv(output_dir=out, **flags))
+            parts = script.read_pipeline(args)
+            script.write_card(args, parts, "user/dog", SimpleNamespace(step=7), [out / name for name in images])
+        return out / "README.md"
+
+    return write
+
+
+@pytest.mark.parametrize("model", ["stabilityai/stable-diffusion-3.5-large", "me/my-sd3"])
+def test_base_model(script, kind, write, monkeypatch, model):
+    monkeypatch.setattr(script, "read_pipeline", lambda args: dict.fromkeys(["text_encoder_3", "tokenizer_3"]))
+    header, text, program = read_card(write(pretrained_model_name_or_path=model))
+    assert header["base_model"] == model
+    assert header["license"] == "other"
+    assert header["license_name"] == "stabilityai-ai-community"
+    assert header["license_link"] == script.LICENCE
+    assert {"sd3", "sd3-diffusers", "text-to-image"} <= set(header["tags"])
+    assert ("lora" in header["tags"]) == (kind == "lora")
+    assert header["library_name"] == "diffusers"
+    assert header["instance_prompt"] == "a photo of sks dog"
+    assert f"DreamBooth weights for {model}, trained for 7 updates." in text
+    assert f"[licence]({script.LICENCE})" in text
+    assert "Their subject is called `a photo of sks dog`." in text
+    assert "widget" not in header
+    assert "<Gallery />" not in text
+    assert "'user/dog'" in program
+    assert (repr(model) in program) == (kind == "lora")
+
+
+def test_gallery_and_odd_prompts(write):
+    prompt, images = 'a "dog": it\'s\na cat # no', ["image_0.png", "image_1.png"]
+    header, text, program = read_card(write(images, validation_prompt=prompt, instance_prompt=None))
+    assert header["widget"] == [{"text": prompt, "output": {"url": name}} for name in images]
+    assert "<Gallery />" in text
+    assert "base_model" not in header  # a folder here is no model on the Hub, which refuses such a card
+    assert "None" not in text
+    compile(program, "card", "exec")
+    assert repr(prompt) in program
+
+
+def test_how_it_was_trained(write, pictures):
+    """What was given, less secrets, folders above the names, and what is as it would be without."""
+    text = write(hub_token="hf_secret", push_to_hub=True, learning_rate=0.5, random_flip=True).read_text()
+    for word in ("--learning_rate 0.5", "--random_flip", f"--instance_data_dir {pictures().name} "):
+        assert word in text, word
+    for absent in ("hf_secret", "--rank", str(pictures()), "--output_dir"):
+        assert absent not in text, absent
+
+
+def test_a_card_that_nobody_has_changed_is_replaced(write):
+    path = write()
+    text = path.read_text()
+    assert write().read_text() == text
+    assert write(learning_rate=0.5).read_text() != text
+    assert [path.name for path in path.parent.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text + "\n## Notes\n\nFrom my garden.\n",
+        lambda text: text.replace("DreamBooth weights", "Rex is two years old. DreamBooth weights"),
+        lambda text: text.replace("license: other\n", "license: other\nlanguage: en\n"),
+        lambda text: "# Rex\n\nMy dog.\n",
+        lambda text: text[: len(text) // 2],
+    ],
+    ids=["added at the end", "added inside", "header changed", "a person's own", "cut off"],
+)
+def test_a_card_that_a_person_changed_is_put_aside(write, caplog, change):
+    path = write()
+    text = path.read_text()
+    path.write_text(change(text))
+    assert write().read_text() == text
+    (aside,) = path.parent.glob("README.*.md")
+    assert aside.read_text() == change(text)
+    assert aside.name in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        pytest.param({}, {"max_sequence_length": 96, "validation_prompt": None}, id="plain"),
+        pytest.param({"t5": False}, {}, id="model without T5"),
+        pytest.param({}, {"no_t5": True, "train_text_encoder": True}, id="no_t5, encoders trained"),
+        pytest.param({"variant": "fp16"}, {"variant": "fp16"}, id="variant"),
+    ],
+)
+def test_program_runs_as_printed(script, run, few_steps, checkpoints, tmp_path, monkeypatch, model, flags):
+    base = checkpoints(**model)
+    out = run(script, pretrained_model_name_or_path=base, max_train_steps=1, **flags)
+    _, _, program = read_card(out / "README.md")
+    (tmp_path / base.name).symlink_to(base)  # the card does not say what lies above it
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with isolated():
+        exec(program, names)
+    assert Image.open("image.png").size == (32, 32)
+    assert f'"max_sequence_length": {flags.get("max_sequence_length", 77)}' in program
+    pipeline = names["pipeline"]
+    assert pipeline.transformer.dtype == torch.bfloat16
+    assert (pipeline.text_encoder_3 is None) == (model == {"t5": False} or "no_t5" in flags)
+    if "lora" in script.__name__:
+        assert pipeline.get_list_adapters().keys() >= {"transformer"}
+
+
+def test_the_token_is_in_nothing_that_is_kept(script, argv):
+    """What goes into checkpoints and trackers comes from describe_run."""
+    token, dataset = "hf_SecretOfTheTest", SimpleNamespace(digest=1)
+    args = script.parse_args(argv(hub_token=token, push_to_hub=True, report_to="tensorboard"))
+    kept = script.describe_run(args, SimpleNamespace(num_processes=1), dataset)
+    assert token not in repr(kept)
+    assert vars(args).keys() - kept.keys() == {"hub_token"}
