@@ -2173,8 +2173,8 @@ def log_update(accelerator, optimizer, figures, state):
     state.memory_gb = peak_memory_gb(accelerator.device)
     state.losses.append(figures["loss"])
     average = float(np.ma.masked_invalid(state.losses[-100:]).mean())
-    figures |= {"loss_average": average, "seconds_per_update": seconds, "memory_gb": state.memory_gb}
-    accelerator.log(figures, step=state.step)
+    figures["loss_average"] = average
+    accelerator.log(figures | {"seconds_per_update": seconds, "memory_gb": state.memory_gb}, step=state.step)
     state.bar.update()
     state.bar.set_postfix(loss=figures["loss"], average=average, lr=figures["lr"], seconds=seconds, gb=state.memory_gb)
 
