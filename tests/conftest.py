@@ -177,7 +177,10 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def argv(checkpoints, pictures, tmp_path):
-    """Gives the arguments of a short run, with changes: None and False leave a flag out, True is a bare flag."""
+    """Gives the arguments of a short run, with changes.
+
+    None and False leave a flag out, True is a bare flag, a list is several words.
+    """
 
     def argv(**changes):
         flags = {
@@ -198,6 +201,8 @@ def argv(checkpoints, pictures, tmp_path):
         for name, value in flags.items():
             if value is True:
                 words.append(f"--{name}")
+            elif isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
             elif value is not None and value is not False:
                 words += [f"--{name}", str(value)]
         return words
