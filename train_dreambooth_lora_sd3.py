@@ -28,6 +28,7 @@ The twin, train_dreambooth_sd3.py, trains the whole transformer; `diff` of the t
 import argparse
 import contextlib
 import dataclasses
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -62,6 +63,15 @@ PRECISIONS = ("no", "fp32", "fp16", "bf16")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
 
+class Stderr(io.FileIO):
+    """Standard error that may go away, like a closed terminal, without ending the run. A file gets lines for bars."""
+
+    def write(self, data):
+        with contextlib.suppress(OSError):
+            super().write(data if self.isatty() else data.replace(b"\r", b"\n"))
+        return len(data)
+
+
 def refuse(message):
     """Prints one line and exits with code 2; if all processes fail alike, only local rank 0 prints."""
     if int(os.environ.get("LOCAL_RANK") or 0):
@@ -73,10 +83,15 @@ def refuse(message):
 
 @contextlib.contextmanager
 def or_refuse(what):
-    """Turns any exception into a one-line error: damaged files and unreachable servers can raise anything."""
+    """Turns any exception into a one-line error: damaged files and unreachable servers can raise anything.
+
+    With SHOW_TRACEBACKS in the environment it stays as it is, for whoever changes the code.
+    """
     try:
         yield
     except Exception as error:
+        if "SHOW_TRACEBACKS" in os.environ:
+            raise
         refuse(f"{what} ({type(error).__name__}: {error.__cause__ or ''} {error})")
 
 
@@ -135,6 +150,8 @@ def add_group(parser, title):
 def add_input_flags(parser):
     add = add_group(parser, "model")
     add("--pretrained_model_name_or_path", "Hub id or folder of an SD3 model.", required=True)
+    own = "Folder of a pipeline, or a .safetensors file, that the transformer is taken from."
+    add("--pretrained_transformer_model_name_or_path", own, os.path.abspath)
     add("--revision", "Hub revision of every part of the model.")
     add("--variant", "Variant of the model's weight files, such as fp16.")
     add("--cache_dir", "Where downloaded models and datasets are kept.")
@@ -181,6 +198,7 @@ def add_method_flags(parser):
     add("--lora_blocks", "Blocks that get adapters, such as 0,3 or 12-24; unset: all.")
     add("--upcast_before_saving", "Save the final adapters in float32.", bool)
     add("--bnb_quantization_config_path", "JSON of a BitsAndBytesConfig: 8- or 4-bit base, GPU.")
+    add("--blocks_to_swap", "Blocks whose weights wait in RAM; needs --gradient_checkpointing.", in_range(int, 0), 0)
     add("--init_lora", "Adapters to start from, file or folder, of the same layers and rank.")
     preservation = "Weight of a loss that keeps predictions for --class_prompt close to the base model's."
     add("--output_preservation_weight", preservation, AMOUNT, 0.0)
@@ -236,12 +254,12 @@ def add_training_flags(parser):
 
 def add_output_flags(parser):
     add = add_group(parser, "validation")
-    add("--validation_prompt", "Prompt of the images drawn during training and at the end.")
+    add("--validation_prompt", "Prompts of the images drawn during training and at the end.", nargs="+")
     add("--validation_data_dir", "Held-out images: their loss at fixed noise is logged.")
-    add("--num_validation_images", "Number of images each time.", COUNT, 4)
+    add("--num_validation_images", "Number of images of each prompt, each time.", COUNT, 4)
     add("--validation_epochs", "Draw after the first epoch and then every so many.", STEPS, 50)
-    add("--validation_num_inference_steps", "Denoising steps; unset: the pipeline's.", COUNT)
-    add("--validation_guidance_scale", "Guidance; unset: the pipeline's; Turbo needs 0.", AMOUNT)
+    add("--validation_num_inference_steps", "Denoising steps.", COUNT, 28)
+    add("--validation_guidance_scale", "Guidance; Turbo needs 0.", AMOUNT, 7.0)
     add("--skip_final_inference", "Draw no images at the end.", bool)
 
     add = add_group(parser, "output")
@@ -307,7 +325,7 @@ def check_data_flags(args):
 
 def check_class_flags(args):
     """Refuses prior and output preservation that lack a flag, and says which flags have no effect."""
-    preserve_outputs = vars(args).get("output_preservation_weight")
+    preserve_outputs = args.output_preservation_weight
     if preserve_outputs and (args.with_prior_preservation or not args.class_prompt):
         refuse("--output_preservation_weight needs --class_prompt, and excludes --with_prior_preservation")
     for name in ("class_data_dir", "class_prompt"):
@@ -354,10 +372,14 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds: --help and a wrong flag answer at once
+    sys.stderr = io.TextIOWrapper(Stderr(2, "w"), write_through=True)
     ARGS = parse_args()
+    if not sys.stderr.isatty():  # the seconds between two lines of a bar
+        os.environ.update(TQDM_MININTERVAL="30", TQDM_MAXINTERVAL="60")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about a missing torchvision, which is not needed
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # the libraries' progress bars: one process is enough
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a CPU kernel that is not needed
 
 import huggingface_hub
 import numpy as np
@@ -373,7 +395,8 @@ from filelock import FileLock, Timeout
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
 with contextlib.suppress(ImportError):  # if it is there, Pillow reads the photos of iPhones
@@ -580,7 +603,7 @@ class DreamBoothDataset:
             if dropped and kind == "instance":
                 prompt = ""
             if self.moments:
-                data = self.moments[kind, number, size]["moments"]
+                data = self.moments[kind, number, size]["moments"][0]
             else:
                 data = self.pixels(kind, number, size, seed)
             examples.append({"data": data, "prompt": prompt, "seed": seed})
@@ -652,13 +675,17 @@ class TensorFolder:
     def __getitem__(self, key):
         return load_file(self.path(key))
 
-    def fill(self, accelerator, keys, make, title):
-        """Stores what `make` gives for each key; the processes share the work."""
+    def fill(self, accelerator, keys, make, title, batch=1):
+        """Stores what `make` gives for each key, asked for `batch` keys at once; the processes share the work."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = keys[accelerator.process_index :: accelerator.num_processes]
-        for key in tqdm(mine, desc=title, disable=not accelerator.is_main_process):
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in make(key).items()}
-            save_file(tensors, self.path(key))
+        for first in tqdm(range(0, len(mine), batch), desc=title, disable=not accelerator.is_main_process):
+            some = mine[first : first + batch]
+            made = make(some)
+            for number, key in enumerate(some):
+                tensors = {name: tensor[number : number + 1].cpu().contiguous() for name, tensor in made.items()}
+                with or_refuse(f"{self.folder} cannot be written"):
+                    save_file(tensors, self.path(key))
         accelerator.wait_for_everyone()
 
 
@@ -761,6 +788,14 @@ def read_pipeline(args):
     return parts
 
 
+def has_room(device, size):
+    """Whether a CUDA device has `size` bytes left; other devices always do."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0] >= size
+
+
 def source_of(args, name):
     """from_pretrained arguments that find a part of the base model."""
     return {"subfolder": name, "revision": args.revision, "cache_dir": args.cache_dir}
@@ -771,6 +806,11 @@ def device_of(accelerator):
     if accelerator.device.type == "cpu":
         return torch.device("cpu")
     return accelerator.device
+
+
+def is_split(accelerator):
+    """Whether FSDP2 splits what is trained over the processes."""
+    return accelerator.distributed_type.value == "FSDP"
 
 
 def on_device(accelerator, dtype):
@@ -791,16 +831,27 @@ def class_of(parts, name):
 
 def load_part(args, parts, name, checkpoint=None, **options):
     """A part of the base pipeline or of a checkpoint, a model frozen. Refuses damaged ones."""
+    if name == "transformer":
+        checkpoint = checkpoint or args.pretrained_transformer_model_name_or_path
     model = str(checkpoint or args.pretrained_model_name_or_path)
     what = f"{name} of {model!r} cannot be loaded"
     if args.variant and not checkpoint:
         what += f" in the variant {args.variant!r}"
+        options["variant"] = args.variant
     with or_refuse(what):
         part_class = class_of(parts, name)
         if not hasattr(part_class, "parameters"):
             return load_tokenizer_or_scheduler(part_class, model, source_of(args, name))
-        if not checkpoint:
-            options["variant"] = args.variant
+        if model.endswith(".safetensors"):  # with the names of diffusers or of ComfyUI
+            part = part_class.from_single_file(
+                model,
+                config=args.pretrained_model_name_or_path,
+                config_revision=args.revision,
+                subfolder=name,
+                device=options.get("device_map", {"": "cpu"})[""],
+                **options,
+            )
+            return part.requires_grad_(False)
         # Built on the meta device, the transformer is loaded faster and without a second copy.
         modern = utils.compare_versions("diffusers", ">=", "0.40.0")
         on_meta = name == "transformer" and modern and not options.get("quantization_config")
@@ -839,6 +890,10 @@ def read_transformer_config(args):
 def sketch_part(args, parts, name):
     """A part of the pipeline that is no tokenizer, without weights: its config, names and sizes of its layers."""
     model = args.pretrained_model_name_or_path
+    if name == "transformer":
+        model = args.pretrained_transformer_model_name_or_path or model
+    if model.endswith(".safetensors"):
+        return load_part(args, parts, name, device_map={"": "meta"})
     with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
         kind = class_of(parts, name)
         if name in TEXT_ENCODERS:
@@ -848,7 +903,33 @@ def sketch_part(args, parts, name):
     return part
 
 
+def load_to_train(args, parts, accelerator, name, dtype, checkpoint=None, **options):
+    """A model to be trained, on the device.
+
+    Under FSDP2 it is on the CPU, and only the main process reads the weights: hand_out sends them to the others.
+    """
+    if not is_split(accelerator):
+        return load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype) | options)
+    if accelerator.is_main_process:
+        return load_part(args, parts, name, checkpoint, torch_dtype=dtype)
+    return sketch_part(args, parts, name).to(dtype).to_empty(device="cpu")
+
+
+def load_frozen(args, parts, accelerator, name, dtype):
+    """A text encoder or transformer on the device, or on the CPU: its layers then pass through the device as they run.
+
+    On the CPU are text encoders with --offload, and what does not fit with a fifth to spare for the activations.
+    """
+    size = utils.compute_module_sizes(sketch_part(args, parts, name), dtype=dtype)[""]
+    device = device_of(accelerator)
+    if args.offload and name in TEXT_ENCODERS or not has_room(device, 1.2 * size):
+        return cpu_offload(load_part(args, parts, name, torch_dtype=dtype), device)
+    return load_part(args, parts, name, **on_device(accelerator, dtype))
+
+
 # ---- Text -----------------------------------------------------------------------------------------------------------
+
+TEXT_BATCH = 16  # prompts at once: where T5 waits on the CPU, 9.5 GB cross the bus for each batch
 
 
 class PromptTable:
@@ -877,19 +958,12 @@ class PromptTable:
     def fill(self, parts, prompts):
         """Encodes each prompt once with each frozen encoder, one encoder at a time; the processes share the work."""
         for name, table in self.tables.items():
-            encoder = self.load_encoder(parts, name)
+            encoder = load_frozen(self.args, parts, self.accelerator, name, self.dtype)
             encode = functools.partial(self.encode, encoder=encoder, name=name)
             with torch.no_grad():
-                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}")
+                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}", TEXT_BATCH)
             del encoder, encode
             training_utils.free_memory()
-
-    def load_encoder(self, parts, name):
-        """A text encoder on the device; with --offload its weights stay on the CPU and pass through the device."""
-        if self.args.offload:
-            encoder = load_part(self.args, parts, name, torch_dtype=self.dtype)
-            return cpu_offload(encoder, device_of(self.accelerator))
-        return load_part(self.args, parts, name, **on_device(self.accelerator, self.dtype))
 
     def report_cut(self, prompts):
         """Warns of prompts that CLIP or T5 cannot read to the end, ten at most, with the words that are lost."""
@@ -970,9 +1044,10 @@ def encode_moments(vae, pixels):
 def cache_moments(dataset, vae, accelerator, name):
     """Encodes every image of the dataset once, in one crop each."""
 
-    def encode(key):
+    def encode(keys):
+        (key,) = keys
         pixels = dataset.pixels(*key, derive_seed(dataset.args.seed, "cache", *key))
-        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))[0]}
+        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))}
 
     keys = {}  # a dict keeps their order
     for kind, images in dataset.images.items():
@@ -1046,12 +1121,21 @@ def flow_losses(args, transformer, scheduler, drawn, text, target=None):
     return losses, prediction
 
 
+def loss_weights(args):
+    """Weight of each kind of loss by name, in the order in which batch_losses gives them."""
+    weights = {"instance_loss": 1}
+    if args.with_prior_preservation:
+        weights["prior_loss"] = args.prior_loss_weight
+    if args.output_preservation_weight:
+        weights["preservation_loss"] = args.output_preservation_weight
+    return weights
+
+
 def mean_loss(args, losses):
-    """The loss that is minimised: the instance images' mean, and the class images' by --prior_loss_weight."""
-    if not args.with_prior_preservation:
-        return losses.mean()
-    instance, prior = losses.chunk(2)
-    return instance.mean() + args.prior_loss_weight * prior.mean()
+    """The loss that is minimised: the weighted sum of each kind's mean."""
+    weights = loss_weights(args).values()
+    kinds = losses.chunk(len(weights))
+    return sum(weight * kind.mean() for weight, kind in zip(weights, kinds, strict=True))
 
 
 @dataclasses.dataclass
@@ -1117,17 +1201,22 @@ def choose_layers(args, transformer):
     return chosen
 
 
-def choose_targets(args, parts, accelerator):
+def choose_targets(args, parts, accelerator, checkpoint):
     """Layers that get an adapter, by model. All flags about adapters are checked here, before text is encoded."""
-    read_quantization(args)
-    transformer = sketch_part(args, parts, "transformer")
-    targets = {"transformer": choose_layers(args, transformer)}
-    if args.init_lora:
-        make_trainable(args, transformer, targets["transformer"])
-        read_adapters(args, args.init_lora, "transformer", transformer)
+    quantized = read_quantization(args)
+    if args.blocks_to_swap:
+        whole = not quantized and accelerator.distributed_type.value != "FSDP"
+        if not (whole and args.gradient_checkpointing and accelerator.device.type == "cuda"):
+            refuse("--blocks_to_swap needs an NVIDIA GPU, --gradient_checkpointing, no quantised base and no FSDP2")
+    targets = {"transformer": choose_layers(args, sketch_part(args, parts, "transformer"))}
     if args.train_text_encoder:
         for name in TEXT_ENCODERS[:2]:
             targets[name] = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    for name, layers in targets.items():
+        if args.init_lora and not checkpoint:
+            model = sketch_part(args, parts, name)
+            make_trainable(args, model, layers)
+            read_adapters(args, args.init_lora, name, model)
     return targets
 
 
@@ -1172,24 +1261,33 @@ def adapter_layers(model):
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def adapter_scale(model):
+def adapter_scale(rank, lora_alpha=None, use_rslora=False, **others):
     """What PEFT multiplies lora_B by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-    config = model.peft_config["default"]
-    if config.use_rslora:
-        return config.lora_alpha / math.sqrt(config.r)
-    return config.lora_alpha / config.r
+    return (lora_alpha or rank) / (math.sqrt(rank) if use_rslora else rank)
 
 
 def read_adapters(args, source, name, model):
     """Weights of a model's adapters from a checkpoint or --init_lora. Refuses those of other layers or ranks."""
-    file = None if Path(source).is_file() else WEIGHTS
+    file = Path(source)
+    if file.is_dir():
+        file /= WEIGHTS
+    scale = 1  # in the result it is multiplied into lora_B, see save_weights
     with or_refuse(f"the adapters in {str(source)!r} cannot be read"):
-        weights = StableDiffusion3Pipeline.lora_state_dict(str(source), weight_name=file)
+        file.stat()  # else diffusers would look for it on the Hub
+        options = {"weight_name": file.name, "return_lora_metadata": True}
+        weights, header = StableDiffusion3Pipeline.lora_state_dict(str(file.parent), **options)
+        if header:
+            scale = adapter_scale(header[f"{name}.r"], header[f"{name}.lora_alpha"], header[f"{name}.use_rslora"])
+        elif file.with_name("scheduler.bin").is_file():  # a checkpoint
+            scale = adapter_scale(**read_manifest(file.parent)["run"])
+    scale /= adapter_scale(**vars(args))
     state = {}
     for key, weight in weights.items():
-        if key.startswith(f"{name}."):
-            key = key.removeprefix(f"{name}.").replace("vector.weight", "vector")  # PEFT's name for DoRA's magnitude
-            state[key] = weight
+        part, _, key = key.replace("vector.weight", "vector").partition(".")  # PEFT's name for DoRA's magnitude
+        if part == name:
+            state[key] = weight * scale if "lora_B" in key else weight
+        elif not args.train_text_encoder:
+            log.warning_once(f"{file}: its adapters of the {part} are not used")
     given = {(key, tuple(weight.shape)) for key, weight in state.items()}
     adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {(key, tuple(weight.shape)) for key, weight in adapters.items()}
@@ -1197,10 +1295,59 @@ def read_adapters(args, source, name, model):
     if differ:
         found = f"{len(differ)} tensors of the {name} differ, such as {differ[0]}"
         refuse(f"{str(source)!r} does not match this run's adapters: {found}")
-    if source == args.init_lora:  # a finished file has the scale in lora_B, see save_weights
-        scale = adapter_scale(model)
-        state = {key: weight / scale if "lora_B" in key else weight for key, weight in state.items()}
     return state
+
+
+class SwappedBlocks:
+    """Keeps the frozen weights of blocks in pinned memory; copies of them are on the GPU while a block runs.
+
+    A checkpointed block runs twice, and the graph of its second run alone keeps its copies until their gradient is
+    computed. While a block runs, the copies of the next one are on their way, on a stream of their own.
+    """
+
+    def __init__(self, blocks, device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.weights = {}  # by the block's number: a dict by module and name
+        self.coming = {}
+        self.last = 0
+        for number, block in enumerate(blocks):
+            self.weights[number] = {}
+            for module in block.modules():
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    if not weight.requires_grad:
+                        self.weights[number][module, name] = weight.data.pin_memory()
+                        delattr(module, name)  # so that nothing moves, saves or sends it
+            block.register_forward_pre_hook(lambda *_, number=number: self.enter(number))
+            block.register_forward_hook(lambda *_, number=number: self.leave(number), always_call=True)
+
+    def fetch(self, number):
+        """Starts to copy a block's weights to the GPU, unless there is no such block."""
+        if number in self.weights.keys() - self.coming.keys():
+            self.stream.wait_stream(torch.cuda.current_stream())  # which may still read the memory that they get
+            with torch.cuda.stream(self.stream):
+                self.coming[number] = utils.send_to_device(self.weights[number], self.device, non_blocking=True)
+
+    def enter(self, number):
+        self.fetch(number)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        for (module, name), weight in self.coming.pop(number).items():
+            setattr(module, name, weight)
+        self.fetch(number + 1 if number > self.last else number - 1)  # the backward pass runs them the other way
+        self.last = number
+
+    def leave(self, number):
+        for module, name in self.weights[number]:
+            delattr(module, name)
+
+
+def cut_positions(args, transformer):
+    """Keeps of the table of positions the middle that the run's sizes use: the whole can take 0.4 GiB."""
+    embed = transformer.pos_embed
+    side = max(args.resolution, *map(max, list_buckets(args))) // 16
+    side += (embed.pos_embed_max_size - side) % 2  # else the middle would move
+    embed.pos_embed = embed.cropped_pos_embed(side * embed.patch_size, side * embed.patch_size)
+    embed.pos_embed_max_size = side
 
 
 def load_trained(args, parts, accelerator, targets, checkpoint):
@@ -1210,15 +1357,21 @@ def load_trained(args, parts, accelerator, targets, checkpoint):
     source = checkpoint or args.init_lora
     trained = {}
     for name, layers in targets.items():
-        options = on_device(accelerator, dtype)
+        options = {}
         if name == "transformer":
             # prepare_model_for_kbit_training would cast norms to float32, which autocast undoes.
             options["quantization_config"] = read_quantization(args, dtype)
-        model = load_part(args, parts, name, **options)
+            if args.blocks_to_swap:
+                options["device_map"] = {"": "cpu"}
+        model = load_to_train(args, parts, accelerator, name, dtype, **options)
         make_trainable(args, model, layers)
         if source:
             set_peft_model_state_dict(model, read_adapters(args, source, name, model))
             training_utils.cast_training_params(model, torch.float32)
+        if name == "transformer":
+            cut_positions(args, model)
+            if args.blocks_to_swap:
+                SwappedBlocks(model.transformer_blocks[: args.blocks_to_swap], accelerator.device)
         trained[name] = model.train()
     return trained
 
@@ -1232,6 +1385,35 @@ def read_state(accelerator, model):
     state = accelerator.get_state_dict(model)
     # Prefixes of torch.compile and of DDP.
     return {key.replace("_orig_mod.", "").removeprefix("module."): weight for key, weight in state.items()}
+
+
+def describe_adapters(args, config):
+    """Header by which other programs know a LoRA file: Stability's ModelSpec, and the rank as sd-scripts names it.
+
+    `config` is the transformer's.
+    """
+    version = "3-medium"
+    if config.qk_norm:
+        version = "3.5-medium" if config.dual_attention_layers else "3.5-large"
+    prompt = args.instance_prompt or ""
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"stable-diffusion-v{version}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"{RESULT['title']} {prompt}",
+        "modelspec.trigger_phrase": prompt,
+        "ss_network_dim": str(args.rank),
+    }
+
+
+def save_with_header(header, weights, path):
+    """Writes a safetensors file: 8 bytes of length, JSON, tensors. safetensors itself orders each header at random."""
+    data = save(weights)
+    end = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps({"__metadata__": header} | json.loads(data[8:end])).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
 def save_weights(args, accelerator, models, folder, parts=None):
@@ -1249,19 +1431,21 @@ def save_weights(args, accelerator, models, folder, parts=None):
         state = read_state(accelerator, model)
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+        if name == "transformer":
+            header = describe_adapters(args, model.config)
         if final:
-            scale = adapter_scale(model)
+            scale = adapter_scale(**vars(args))
             state = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
         if final and name in TEXT_ENCODERS:  # transformers 5 finds their DoRA magnitudes under this name alone
             state = {re.sub("magnitude_vector$", "magnitude_vector.weight", key): v for key, v in state.items()}
         layers[f"{name}_lora_layers"] = {key: weight.to(dtype) for key, weight in state.items()}
     if accelerator.is_main_process:
-        StableDiffusion3Pipeline.save_lora_weights(folder, **layers)
-    accelerator.wait_for_everyone()
+        write = functools.partial(save_with_header, header)
+        StableDiffusion3Pipeline.save_lora_weights(folder, **layers, save_function=write)
 
 
 def batch_losses(args, accelerator, models, frozen, prompts, drawn):
-    """Loss of each image, (B,), with what --output_preservation_weight adds to it.
+    """Loss of each image, (B,), and after them what --output_preservation_weight adds, (B,).
 
     That is how far --class_prompt is from what the base model predicts. Its gradient is computed here, before the
     images' loss, so that only one graph at a time is in memory.
@@ -1283,9 +1467,8 @@ def batch_losses(args, accelerator, models, frozen, prompts, drawn):
     for layer in adapters:
         layer.enable_adapters(True)
     preserved, _ = losses(kept, base_prediction)
-    preserved = args.output_preservation_weight * preserved
-    accelerator.backward(preserved.mean())
-    return losses(prompts)[0] + preserved.detach()
+    accelerator.backward(args.output_preservation_weight * preserved.mean())
+    return torch.cat([losses(prompts)[0], preserved.detach()])
 
 
 def clip_gradient(args, accelerator, trained):
@@ -1366,8 +1549,9 @@ FORMAT = 1  # of a checkpoint; bump it when old and new scripts can no longer re
 MANIFEST = "dreambooth.json"
 AVERAGE = "ema.safetensors"
 MUST_MATCH = (
-    "method pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam use_ema"
-    " full_bf16 rank lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
+    "method pretrained_model_name_or_path pretrained_transformer_model_name_or_path revision variant"
+    " train_text_encoder optimizer use_8bit_adam use_ema full_bf16 rank lora_alpha use_rslora use_dora lora_layers"
+    " lora_blocks bnb_quantization_config_path"
 ).split()
 MAY_DIFFER = (  # without a word
     "local_rank cache_dir dataloader_num_workers output_dir logging_dir report_to"
@@ -1392,7 +1576,10 @@ class Progress:
     skipped: list = dataclasses.field(default_factory=list)  # updates that were not finite
     failed: list = dataclasses.field(default_factory=list)  # what went wrong without costing the weights
     seconds: list = dataclasses.field(default_factory=list)  # of each update
+    losses: list = dataclasses.field(default_factory=list)  # of each update
     clock: float = 0.0  # when the present update began
+    memory_gb: float = 0.0  # the most so far
+    validation_loss: float = 0.0  # of the held-out images, the last one
     finished: bool = False
 
 
@@ -1400,49 +1587,85 @@ def describe_run(args, accelerator, dataset):
     """The run's flags without the secret, and what else trackers keep and a resumed run compares."""
     facts = vars(args) | {"method": METHOD, "processes": accelerator.num_processes, "images": dataset.digest}
     del facts["hub_token"]
+    facts["validation_prompt"] = " | ".join(args.validation_prompt or ())  # trackers take no lists
     base = Path(args.pretrained_model_name_or_path)
     if base.is_dir():
         facts["pretrained_model_name_or_path"] = str(base.resolve())
     return facts
 
 
+def list_states(accelerator, trained):
+    """What this process adds to a checkpoint beside the weights, by file: all of it, or its part under FSDP2."""
+    part = f"_{accelerator.process_index}" if is_split(accelerator) else ""
+    states = {f"optimizer{part}.bin": trained.optimizer, f"scheduler{part}.bin": trained.schedule}
+    if accelerator.scaler:
+        states[f"scaler{part}.pt"] = accelerator.scaler
+    return states
+
+
 def save_checkpoint(args, accelerator, trained, state):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
     folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        accelerator.save_state(partial)
+    what = f"saving {folder}, where {shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free,"
+    failed = []
+    with attempt(failed, what):
         save_weights(args, accelerator, trained.models, partial)
-        if accelerator.is_main_process:
-            complete_checkpoint(args, trained.average, state, partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # it may have filled the disk
-        raise
+        # Under FSDP2 accelerator.save_state would write the whole model as well.
+        partial.mkdir(exist_ok=True)
+        if accelerator.is_main_process or is_split(accelerator):
+            for file, part in list_states(accelerator, trained).items():
+                torch.save(part.state_dict(), partial / file)
+    failed = utils.gather_object(failed)  # now all processes have written their part
     if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        tidy_checkpoints(args, state.step)
+        with attempt(failed, what):
+            if not failed:
+                complete_checkpoint(args, trained.average, state, partial)
+                remove(folder)
+                partial.rename(folder)
+                tidy_checkpoints(args, state.step)
+                log.info(f"Saved {folder}")
+        remove(partial)  # it may have filled the disk
+        state.failed += failed[:1]
     accelerator.wait_for_everyone()
-    log.info(f"Saved {folder}")
 
 
 def complete_checkpoint(args, average, state, folder):
-    """Adds the averaged weights and the manifest to what accelerate has written, and flushes all of it to the disk."""
-    for path in folder.glob("random_states_*.pkl"):  # nothing depends on them, and reading a pickle can run code
-        path.unlink()
+    """Adds the averaged weights and the manifest to what is written."""
     if average:
         tensors = {str(number): weight.contiguous() for number, weight in enumerate(average.shadow_params)}
         tensors["step"] = torch.tensor(average.optimization_step)
         save_file(tensors, folder / AVERAGE)
+    write_manifest(args, state, folder, ["**/*"])
+
+
+def write_manifest(args, state, folder, patterns):
+    """Writes what a checkpoint or the result consists of, gives it the umask's mode and flushes it to the disk."""
     sizes = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    for pattern in patterns:
+        for path in Path(folder).glob(pattern):
+            if path.is_file():
+                sizes[str(path.relative_to(folder))] = path.stat().st_size
     manifest = {"format": FORMAT, "step": state.step, "seed": args.seed, "run": state.facts, "files": sizes}
-    Path(folder, MANIFEST).write_text(json.dumps(manifest, indent=2))
+    path = Path(folder, MANIFEST)
+    path.write_text(json.dumps(manifest, indent=2))
     for name in (*sizes, MANIFEST):
-        with Path(folder, name).open("rb+") as file:
-            os.fsync(file.fileno())  # else a crash now could leave the name without the contents
+        with contextlib.suppress(OSError):  # a file system without modes
+            Path(folder, name).chmod(path.stat().st_mode)
+        try:
+            with Path(folder, name).open("rb+") as file:
+                os.fsync(file.fileno())  # else a crash now could leave the name without the contents
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning_once(f"{args.output_dir} cannot be flushed to its disk, a crash may cost files: {error}")
+
+
+def remove(folder):
+    """Removes a folder; of one that was moved elsewhere and linked back, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def tidy_checkpoints(args, step):
@@ -1454,7 +1677,7 @@ def tidy_checkpoints(args, step):
             log.warning(f"{path} belongs to an abandoned run; renamed to {aside}")
     kept = [path for number, path in present.items() if number <= step]
     for old in kept[args.checkpoints_total_limit or sys.maxsize :]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
 
 
 def list_checkpoints(output_dir):
@@ -1494,6 +1717,12 @@ def find_checkpoint(args):
         return None, {}
     if wanted != "latest":
         present = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
+    else:
+        with contextlib.suppress(ValueError):  # no result, or not a whole one
+            manifest = read_manifest(args.output_dir)
+            asked = {"max_train_steps": args.max_train_steps, "num_train_epochs": args.num_train_epochs}
+            if asked.items() <= manifest["run"].items():
+                return Path(args.output_dir), manifest
     for folder in present:
         try:
             return folder, read_manifest(folder)
@@ -1505,11 +1734,12 @@ def find_checkpoint(args):
     return None, {}
 
 
-def compare_runs(accelerator, checkpoint, then, now):
+def compare_runs(accelerator, checkpoint, manifest, now):
     """Stops if the checkpoint's model or optimizer settings differ; warns about other changes, which take effect."""
+    then = manifest.get("run", now)
     differ = [name for name in then if name in now and then[name] != now[name]]
     fixed = MUST_MATCH
-    if accelerator.distributed_type.value == "FSDP":
+    if is_split(accelerator):
         fixed = [*MUST_MATCH, "processes"]
     for name in fixed:
         if name in differ:
@@ -1526,18 +1756,22 @@ def compare_runs(accelerator, checkpoint, then, now):
 
 def resume(accelerator, checkpoint, trained, state):
     """Loads what goes with a checkpoint's weights: optimizer, schedule, scaler, average. The flags' settings win."""
+    if not checkpoint or state.finished:
+        return
     settings = []
     for group in trained.optimizer.param_groups:
         settings.append({name: group[name] for name in SETTINGS})
     with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
-        accelerator.load_state(checkpoint)
+        for file, part in list_states(accelerator, trained).items():
+            saved = torch.load(Path(checkpoint, file), map_location=accelerator.device, weights_only=True)
+            part.load_state_dict(saved)
         if trained.average:
             weights = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
             trained.average.optimization_step = weights.pop("step").item()
             trained.average.shadow_params = [weights[str(number)] for number in range(len(weights))]
     schedule = trained.schedule.scheduler  # torch's LambdaLR, inside accelerate's wrapper
     schedule.base_lrs = [own["initial_lr"] for own in settings]
-    groups = trained.optimizer.param_groups  # load_state has made new ones
+    groups = trained.optimizer.param_groups  # loading has made new ones
     for group, own, factor in zip(groups, settings, schedule.lr_lambdas, strict=True):
         group.update(own)
         group["lr"] = own["initial_lr"] * factor(schedule.last_epoch)
@@ -1567,14 +1801,35 @@ def evaluation(trained):
 
 
 @contextlib.contextmanager
-def attempt(failed, what):
+def rescue(args, accelerator, trained, state):
+    """Saves a checkpoint if an error ends the training of one process; of several, others may be waiting elsewhere.
+
+    An update that the error has cut short may be in it in part. An older result does not count as one from here on.
+    """
+    if not state.finished:
+        Path(args.output_dir, MANIFEST).unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:
+        lost = not state.finished and state.step not in {0, *list_checkpoints(args.output_dir)}
+        finite = all(parameter.isfinite().all() for parameter in trained.parameters)
+        if lost and finite and accelerator.num_processes == 1:
+            save_checkpoint(args, accelerator, trained, state)
+        raise
+
+
+@contextlib.contextmanager
+def attempt(failed, what, kind=Exception):
     """Logs an exception and records `what` in `failed` instead of raising. No collective may be called inside."""
     try:
         yield
-    except Exception as error:  # drawing, a tracker and the Hub can raise anything
+    except kind as error:  # drawing, a tracker and the Hub can raise anything
         failed.append(what)
         reason = " ".join(str(error).split())
         log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
+
+
+DECODING = 3072  # bytes that the VAE needs for a pixel
 
 
 def draw_images(args, transformer, frozen, prompt, seeds, **options):
@@ -1604,7 +1859,10 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
-    with torch.autocast(latents.device.type, enabled=False):
+    device = latents.device
+    leaves = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=leaves and transformer.device == device)
+    with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")
 
@@ -1628,7 +1886,7 @@ def draw_class_images(args, parts, accelerator, numbers):
     dtype = DTYPES.get(args.prior_generation_precision, frozen_dtype(accelerator))
     embed = PromptTable(args, parts, accelerator, dtype)
     embed.fill(parts, [args.class_prompt, ""])
-    transformer = load_part(args, parts, "transformer", **on_device(accelerator, dtype))
+    transformer = load_frozen(args, parts, accelerator, "transformer", dtype)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     frozen = Frozen(embed, vae, load_scheduler(args, parts, accelerator))
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
@@ -1641,7 +1899,8 @@ def draw_class_images(args, parts, accelerator, numbers):
             images = draw_images(args, transformer, frozen, args.class_prompt, seeds)
         for number, image in zip(batch, images, strict=True):
             digest = hashlib.sha256(image.tobytes()).hexdigest()
-            save_image(image, Path(args.class_data_dir, f"{number}-{digest[:16]}.png"))
+            with or_refuse(f"--class_data_dir {args.class_data_dir!r} cannot be written"):
+                save_image(image, Path(args.class_data_dir, f"{number}-{digest[:16]}.png"))
     accelerator.wait_for_everyone()
 
 
@@ -1670,7 +1929,7 @@ HELD_OUT_LEVELS = 8  # noise levels, spread evenly
 
 
 def measure_held_out(args, transformer, frozen, index):
-    """Mean loss of a held-out image over the noise levels; the noise is the same at every call and in every run."""
+    """Loss of a held-out image at each noise level, from the most noise to the least; the noise is always the same."""
     example = frozen.held_out[0, index, 0][0]
     device = frozen.scheduler.sigmas.device
     moments = example["data"][None].to(device).expand(HELD_OUT_LEVELS, -1, -1, -1)
@@ -1679,33 +1938,43 @@ def measure_held_out(args, transformer, frozen, index):
     u = (torch.arange(HELD_OUT_LEVELS, device=device) + 0.5) / HELD_OUT_LEVELS
     text = frozen.embed([example["prompt"]] * HELD_OUT_LEVELS)
     losses, _ = flow_losses(args, transformer, frozen.scheduler, (latents, noise, u, mask), text)
-    return losses.double().mean().item()
+    return losses.tolist()
+
+
+def log_held_out(accelerator, losses, state):
+    """Logs the held-out loss: the mean over the images at each noise level, 8 the most noise, and that of all."""
+    means = np.mean(losses, axis=0)
+    figures = {f"validation_loss_{len(means) - number}": mean for number, mean in enumerate(means)}
+    figures["validation_loss"] = state.validation_loss = means.mean()
+    log_figures(accelerator, state, figures)
 
 
 def validate(args, accelerator, trained, frozen, state):
     """Logs the held-out loss and draws the validation images, as far as flags ask. Returns the images' paths.
 
-    Each process tries its share by itself, and then all agree: one that fails alone leaves nobody waiting (except
-    under FSDP2, where a forward pass needs all). What fails is logged; at the end it is a failure of the run.
+    Each process tries its share by itself, and then all agree: one that fails alone leaves nobody waiting. What fails
+    is logged; at the end it is a failure of the run. Under FSDP2 a forward pass needs all processes: one that cannot
+    do its part, because memory runs out, ends, and the launcher then ends the others.
     """
     transformer = accelerator.unwrap_model(trained.models["transformer"], keep_torch_compile=False)
     what = "drawing the final images" if state.finished else f"validation at update {state.step}"
     held_out = len(frozen.held_out or ())
-    wanted = args.num_validation_images if args.validation_prompt else 0
+    wanted = args.num_validation_images * len(args.validation_prompt or ())
     if state.finished and args.skip_final_inference:
         wanted = 0
+    kind = ValueError if is_split(accelerator) else Exception  # draw_images raises it after the passes
     failed = []
     losses = {}
     images = {}
-    with accelerator.autocast(), on_loan(frozen.vae, accelerator.device):
+    with accelerator.autocast():
         for index in share(accelerator, held_out):
-            with attempt(failed, what):
+            with attempt(failed, what, kind):
                 losses[index] = measure_held_out(args, transformer, frozen, index)
         for number in share(accelerator, wanted):
-            with attempt(failed, what):
-                images[number] = draw_validation_image(args, transformer, frozen, number)
             if read_signal(accelerator, state.caught):
                 break
+            with attempt(failed, what, kind):
+                images[number] = draw_validation_image(args, transformer, frozen, number)
     training_utils.free_memory()
     losses = gather_dict(losses)
     images = gather_dict(images)
@@ -1714,8 +1983,7 @@ def validate(args, accelerator, trained, frozen, state):
     if accelerator.is_main_process:
         with attempt(failed, what):
             if len(losses) == held_out > 0:
-                loss = math.fsum(losses.values()) / held_out
-                accelerator.log({"validation_loss": loss}, step=state.step)
+                log_held_out(accelerator, list(losses.values()), state)
             if len(images) == wanted > 0:
                 paths = save_validation(args, accelerator, list(images.values()), state)
     if state.finished and failed:
@@ -1724,32 +1992,39 @@ def validate(args, accelerator, trained, frozen, state):
 
 
 def draw_validation_image(args, transformer, frozen, number):
-    """Validation image i, drawn from seed + i, with the flags' steps and guidance."""
-    options = {}
-    if args.validation_num_inference_steps:
-        options["num_inference_steps"] = args.validation_num_inference_steps
-    if args.validation_guidance_scale is not None:  # 0 is one
-        options["guidance_scale"] = args.validation_guidance_scale
-    (image,) = draw_images(args, transformer, frozen, args.validation_prompt, [args.seed + number], **options)
+    """A validation image; numbers count prompt after prompt, and image i of each prompt is drawn from seed + i."""
+    row, column = divmod(number, args.num_validation_images)
+    (image,) = draw_images(
+        args,
+        transformer,
+        frozen,
+        args.validation_prompt[row],
+        [args.seed + column],
+        num_inference_steps=args.validation_num_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+    )
     return image
 
 
 def save_validation(args, accelerator, images, state):
-    """Writes the images and their grid, and sends them to the trackers. Returns their paths."""
+    """Writes the images and their grid, a row a prompt, and sends them to the trackers. Returns their paths."""
     title = "test" if state.finished else "validation"
     pattern = "image_{}.png" if state.finished else f"validation/step-{state.step:06d}-{{}}.png"
     paths = [Path(args.output_dir, pattern.format(number)) for number in range(len(images))]
     paths[0].parent.mkdir(exist_ok=True)
     for path, image in zip(paths, images, strict=True):
         save_image(image, path)
-    grid = make_image_grid(images, 1, len(images))
+    prompts = args.validation_prompt
+    grid = make_image_grid(images, len(prompts), args.num_validation_images)
     save_image(grid, Path(args.output_dir, pattern.format("grid")))
-    pixels = np.stack([np.asarray(image) for image in images])
+    rows = {}
+    for number, pixels in enumerate(np.split(np.stack(images), len(prompts))):
+        words = re.sub(r"\W+", "_", prompts[number])[:60]  # trackers make it part of a file's name
+        rows[f"{title}_{number}_{words}" if len(prompts) > 1 else title] = pixels
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({title: pixels}, step=state.step, dataformats="NHWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({title: pixels}, step=state.step)
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        if hasattr(tracker, "log_images"):
+            tracker.log_images(rows, step=state.step, **options)
     return paths
 
 
@@ -1774,8 +2049,19 @@ def describe_flags(args):
             continue
         words.append(f"--{name}")
         if value is not True:
-            words.append(shlex.quote(public_name(str(value))))
-    return " ".join(words)
+            values = value if isinstance(value, list) else [value]
+            words += [public_name(str(each)) for each in values]
+    return shlex.join(words)
+
+
+def describe_cost(state):
+    """What the updates took since the run was started or resumed, and the last held-out loss."""
+    updates = len(state.seconds)
+    if not updates:
+        return "no update was left to make"
+    seconds = sum(state.seconds)
+    cost = f"{updates} updates in {seconds:.0f} s ({seconds / updates:.2f} s each), at most {state.memory_gb:.1f} GB"
+    return f"{cost}; held-out loss {state.validation_loss:.4f}" if state.validation_loss else cost
 
 
 def describe_result(args, parts, repository, state):
@@ -1783,24 +2069,31 @@ def describe_result(args, parts, repository, state):
     base = public_name(args.pretrained_model_name_or_path)
     given = {"revision": args.revision, "variant": args.variant}
     options = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+    own = args.pretrained_transformer_model_name_or_path
+    if own:
+        call = f"from_pretrained({public_name(own)!r}"
+        if own.endswith(".safetensors"):
+            call = f"from_single_file({public_name(own)!r}, config={base!r}"
+        call += ", subfolder='transformer', torch_dtype=torch.bfloat16)"
+        options += f", transformer=diffusers.SD3Transformer2DModel.{call}"
     source = RESULT["pipeline"].format(base=base, options=options, result=repository)
     if "text_encoder_3" not in parts:
         source += ", text_encoder_3=None, tokenizer_3=None"
     subject = f" Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
-    prompt = args.validation_prompt or args.instance_prompt or ""
+    prompts = args.validation_prompt or [args.instance_prompt or ""]
     return f"""# {RESULT["title"]} - {repository}
 
-DreamBooth weights for {base}, trained for {state.step} updates.{subject}
+DreamBooth weights for {base}, trained for {state.step} updates.{subject} {describe_cost(state)}.
 
 ```py
+import diffusers
 import torch
-from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
+pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
 {RESULT["usage"].format(repository)}
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
-pipeline({prompt!r}, **size).images[0].save("image.png")
+pipeline({prompts[0]!r}, **size).images[0].save("image.png")
 ```
 
 ```sh
@@ -1831,7 +2124,11 @@ def write_card(args, parts, repository, state, image_paths):
         tags=["text-to-image", "diffusers-training", "diffusers", "sd3", "sd3-diffusers", *RESULT["tags"]],
         base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base is not an id
         instance_prompt=args.instance_prompt,
-        widget=[{"text": args.validation_prompt, "output": {"url": path.name}} for path in image_paths] or None,
+        widget=[
+            {"text": args.validation_prompt[number // args.num_validation_images], "output": {"url": path.name}}
+            for number, path in enumerate(image_paths)
+        ]
+        or None,
     )
     gallery = "<Gallery />" if image_paths else ""
     text = describe_result(args, parts, repository, state)
@@ -1860,7 +2157,7 @@ def open_repository(args, accelerator):
 def publish(args, parts, repository, state, image_paths):
     """Writes the model card and uploads the result, on the main process. Either may fail by itself."""
     with attempt(state.failed, "writing the model card"):
-        write_card(args, parts, repository or args.output_dir, state, image_paths)
+        write_card(args, parts, repository or public_name(args.output_dir), state, image_paths)
     if not repository:
         return
     with attempt(state.failed, "the upload"):
@@ -1883,9 +2180,28 @@ def make_folder(flag, folder):
         tempfile.TemporaryFile(dir=folder).close()
 
 
+OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-9]/*")  # beside the result
+
+
+def check_output(args):
+    """Refuses logs that leave output_dir or get into what is written there, and what is in the way of that."""
+    logs = Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name)
+    free = ".." not in logs.parts and not logs.is_absolute()
+    for pattern in (*RESULT["files"], *OUTPUT):
+        name, folder, _ = pattern.partition("/")
+        free = free and not fnmatch.fnmatch(logs.parts[0], name)
+        for path in Path(args.output_dir).glob(name):
+            if path.is_dir() != bool(folder) or not os.access(path, os.W_OK):
+                refuse(f"{path} is in the way of what the run writes: take it away or give another --output_dir")
+    if not free:
+        names = "--logging_dir, --tracker_run_name, --tracker_project_name"
+        refuse(f"{names}: {str(logs)!r} is no folder of its own inside --output_dir: give other names")
+
+
 def start_accelerator(args):
     """The accelerator, its trackers not yet started, after creating the folders that the run writes to."""
     make_folder("--output_dir", args.output_dir)
+    check_output(args)
     if args.with_prior_preservation:
         make_folder("--class_data_dir", args.class_data_dir)
     logging.basicConfig(format="%(levelname)s: %(message)s")
@@ -1907,6 +2223,8 @@ def start_accelerator(args):
             dataloader_config=utils.DataLoaderConfiguration(even_batches=False, non_blocking=True),
             step_scheduler_with_optimizer=False,  # else it would step once per process
             kwargs_handlers=[
+                # Else the half-precision copy of every float32 weight would stay until the forward pass ends.
+                utils.AutocastKwargs(cache_enabled=False),
                 utils.InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while one process encodes
                 # The only buffer, a 226 MB table of positions, never changes. Views avoid a copy of the gradients.
                 utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
@@ -1914,15 +2232,25 @@ def start_accelerator(args):
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         refuse("--mixed_precision fp16 needs a GPU: on a CPU take bf16 or no")
-    if accelerator.distributed_type.value == "FSDP":
+    if is_split(accelerator):
         check_fsdp(args, accelerator.state.fsdp_plugin)
     return accelerator
 
 
+WITHOUT_FSDP = (  # it splits one model, in float32, after it is loaded
+    "use_ema train_text_encoder use_8bit_adam bnb_quantization_config_path full_bf16 fused_backward_pass"
+).split()
+
+
 def check_fsdp(args, plugin):
-    """Refuses what FSDP2 cannot do, and has it leave the timesteps in float32."""
-    if args.use_ema or args.train_text_encoder:
-        refuse("--use_ema, --train_text_encoder: FSDP2 trains one model, in parts: leave them out, or use DDP")
+    """Refuses what FSDP2 cannot do, and has it leave the timesteps in float32 and the frozen encoders whole."""
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        refuse("FSDP is supported in its second version alone: set fsdp_version to 2, with accelerate 1.6 or later")
+    for name in WITHOUT_FSDP:
+        if vars(args).get(name):
+            refuse(f"--{name} does not work under FSDP2: leave it out, or choose DDP in `accelerate config`")
+    utils.disable_fsdp_ram_efficient_loading()  # transformers would read the encoders on one process alone
+    plugin.cpu_ram_efficient_loading = False
     policy = plugin.mixed_precision_policy
     if policy:  # bfloat16 can tell only 353 of the 1000 timesteps apart
         plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False)
@@ -1938,6 +2266,8 @@ def claim_folder(args, accelerator, cleanup):
         lock.acquire(timeout=0)
     except Timeout:
         refuse(f"--output_dir {args.output_dir!r} is in use by another run: give another folder")
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        log.warning(f"{folder} cannot be locked, so see to it that no other run writes to it ({error})")
     cleanup.callback(lock.release)
     for left in (folder / ENCODED, *folder.glob(".checkpoint-*.partial")):
         shutil.rmtree(left, ignore_errors=True)
@@ -1952,11 +2282,11 @@ def start_trackers(args, accelerator, facts):
         accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def catch_signals(cleanup):
-    """A list that SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) put their number into; a second ends the process."""
+    """A list that signals put their number into, unless they are ignored (nohup); a second one ends the process."""
     caught = []
 
     def catch(number, frame):
@@ -1964,12 +2294,14 @@ def catch_signals(cleanup):
             os._exit(128 + number)
         caught.append(number)
         name = signal.Signals(number).name
-        print(f"\n{name}: the run saves a checkpoint and ends; a second signal ends it at once", file=sys.stderr)
+        print(f"\n{name}: the run saves what it has trained and ends; a second ends it at once", file=sys.stderr)
 
     with contextlib.suppress(ValueError):  # outside the main thread Python cannot catch signals
         for number in SIGNALS:
-            before = signal.signal(number, catch)
-            cleanup.callback(signal.signal, number, before)
+            before = signal.getsignal(number)
+            if before != signal.SIG_IGN:
+                signal.signal(number, catch)
+                cleanup.callback(signal.signal, number, before)
     return caught
 
 
@@ -1984,13 +2316,15 @@ def ignore_signals(worker):
 
 def read_signal(accelerator, caught):
     """The signal that any process has caught, or 0. A collective: to be called on all of them alike."""
-    number = torch.tensor([max(caught, default=0)], device=accelerator.device)
-    return int(accelerator.gather(number).max())
+    number = max(caught, default=0)
+    if accelerator.num_processes == 1:  # else the host would wait for the device
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def list_prompts(args, dataset, held_out):
     """All prompts that a run needs, each once; the empty one where captions are dropped or images are drawn."""
-    prompts = {args.validation_prompt, args.class_prompt} - {None}
+    prompts = {*(args.validation_prompt or ()), args.class_prompt} - {None}
     for images in filter(None, (dataset, held_out)):
         for choices in images.prompts.values():
             prompts.update(*choices)
@@ -2007,7 +2341,7 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     embed.fill(parts, prompts)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     vae.enable_slicing()  # image by image: 2.5 GiB at 1024 px, whatever the batch
-    if args.cache_latents:
+    if args.cache_latents and dataset:
         cache_moments(dataset, vae, accelerator, "latents")
     if held_out:
         cache_moments(held_out, vae, accelerator, "held out")
@@ -2045,6 +2379,16 @@ def checkpoint_activations(model):
             return
 
 
+def hand_out(accelerator, model, weights):
+    """Gives each process its part of the weights, which the main process alone has read. A collective."""
+    for part, weight in zip(model.state_dict().values(), weights.values(), strict=True):
+        weight = weight.to(accelerator.device)
+        torch.distributed.broadcast(weight, 0)
+        if isinstance(part, DTensor):  # else a buffer, which each process has as a whole
+            weight = distribute_tensor(weight, part.device_mesh, part.placements)
+        part.copy_(weight)
+
+
 def prepare_models(args, accelerator, models, total):
     """The models as accelerate runs them, their trained parameters, the optimizer, its schedule and the average."""
     if args.gradient_checkpointing:
@@ -2052,10 +2396,10 @@ def prepare_models(args, accelerator, models, total):
             checkpoint_activations(model)
     optimizer = make_optimizer(args, accelerator, models)
     schedule = make_schedule(args, optimizer, total)
+    weights = models["transformer"].state_dict()
     *wrapped, optimizer, schedule = accelerator.prepare(*models.values(), optimizer, schedule)
-    # Leave the weights to save_weights and load_trained, which use the format that users load.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    if is_split(accelerator):
+        hand_out(accelerator, wrapped[0], weights)
     if accelerator.num_processes > 1:  # from here on no step takes long: notice a hanging process sooner
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=20))
     parameters = sum(map(trained_parameters, wrapped), [])
@@ -2070,16 +2414,16 @@ def read_update(args, accelerator, seen, norm):
     """Figures of an update: gradient norm and loss, the mean over its batches, (B,) each in `seen`, and processes."""
     losses = torch.stack(seen).mean(dim=0)
     seen.clear()
-    kinds = losses.chunk(2) if args.with_prior_preservation else [losses]
+    weights = loss_weights(args)
+    kinds = losses.chunk(len(weights))
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # FSDP2: each process has a part of it
     row = [*(kind.mean() for kind in kinds), torch.as_tensor(norm).to(losses)]
     rows = accelerator.gather(torch.stack(row)[None])
     *losses, norm = rows.mean(dim=0).tolist()  # here the host waits for the device, once an update
-    figures = {"loss": losses[0], "grad_norm": norm}
-    if args.with_prior_preservation:
-        figures |= {"instance_loss": losses[0], "prior_loss": losses[1]}
-        figures["loss"] += args.prior_loss_weight * losses[1]
+    figures = {"loss": np.dot(losses, list(weights.values())), "grad_norm": norm}
+    if losses[1:]:
+        figures |= zip(weights, losses, strict=True)
     return figures
 
 
@@ -2121,6 +2465,15 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def log_figures(accelerator, state, figures):
+    """Sends figures to the trackers. One that fails is dropped: logs are not worth the weights."""
+    for tracker in [*accelerator.trackers]:
+        with attempt(state.failed, f"logging to {tracker.name}"):
+            tracker.log(figures, step=state.step)
+            continue
+        accelerator.trackers.remove(tracker)
+
+
 def log_update(accelerator, optimizer, figures, state):
     """One log point of an update, and the bar's figures."""
     for group in optimizer.param_groups:
@@ -2128,10 +2481,30 @@ def log_update(accelerator, optimizer, figures, state):
         figures["lr" if name == "transformer" else f"lr_{name}"] = group["lr"]
     seconds = time.perf_counter() - state.clock
     state.seconds.append(seconds)
-    memory = peak_memory_gb(accelerator.device)
-    accelerator.log(figures | {"seconds_per_update": seconds, "memory_gb": memory}, step=state.step)
+    state.memory_gb = peak_memory_gb(accelerator.device)
+    state.losses.append(figures["loss"])
+    average = float(np.ma.masked_invalid(state.losses[-100:]).mean())
+    figures |= {"loss_average": average, "seconds_per_update": seconds, "memory_gb": state.memory_gb}
+    log_figures(accelerator, state, figures)
+    shown = {"loss": figures["loss"], "average": average, "lr": figures["lr"], "seconds": seconds}
+    state.bar.set_postfix(shown, gb=state.memory_gb, refresh=False)
     state.bar.update()
-    state.bar.set_postfix(loss=figures["loss"], lr=figures["lr"], seconds=seconds, gb=memory)
+
+
+def save_result(args, accelerator, trained, state, parts):
+    """Writes the final weights, then a manifest. Where it cannot, it tries every minute until a signal comes."""
+    while not state.finished:
+        failed = []
+        with attempt(failed, f"writing the result to {args.output_dir}, which is tried again every minute,"):
+            save_weights(args, accelerator, trained.models, args.output_dir, parts)
+            if accelerator.is_main_process:
+                write_manifest(args, state, args.output_dir, RESULT["files"])
+        state.finished = not utils.gather_object(failed)
+        if not state.finished:
+            time.sleep(60)
+            stop = read_signal(accelerator, state.caught)
+            if stop:
+                sys.exit(128 + stop)
 
 
 def end_training(accelerator, state):
@@ -2139,7 +2512,8 @@ def end_training(accelerator, state):
     state.bar.close()  # else it would be drawn once more below the last line
     # Drop DDP's reference to the process group, or its destructor deadlocks with gloo's threads over the GIL at exit.
     accelerator.state.group = torch.distributed.group.WORLD
-    accelerator.end_training()
+    with attempt(state.failed, "ending the trackers"):
+        accelerator.end_training()
 
 
 def report_end(args, accelerator, state, stop):
@@ -2153,17 +2527,14 @@ def report_end(args, accelerator, state, stop):
         reasons.append(f"{len(state.skipped)} of {state.total} updates were skipped, not being finite: lower the rate")
     if stop:
         name = signal.Signals(stop).name
-        reasons = [f"{name} came at update {state.step}: --resume_from_checkpoint latest goes on"]
+        way = "makes what is missing" if state.finished else "goes on"
+        reasons.append(f"{name} came at update {state.step}: --resume_from_checkpoint latest {way}")
     if reasons:
         if accelerator.is_main_process:
             print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
         sys.exit(128 + stop if stop else 1)
     log.info(f"The result is in {args.output_dir}")
-    if state.seconds:
-        updates = len(state.seconds)
-        seconds = sum(state.seconds)
-        memory = peak_memory_gb(accelerator.device)
-        log.info(f"{updates} updates in {seconds:.0f} s ({seconds / updates:.2f} s each), at most {memory:.1f} GB")
+    log.info(describe_cost(state))
 
 
 def choose_seed(args, manifest):
@@ -2213,37 +2584,38 @@ def main(args):
         claim_folder(args, accelerator, cleanup)
         check_optimizer(args, accelerator)
         parts = read_pipeline(args)
-        targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
+        finished = checkpoint == Path(args.output_dir)  # then only images, card and upload are made
+        targets = choose_targets(args, parts, accelerator, checkpoint)
         choose_seed(args, manifest)
 
         # The data. Everything is checked before anything is created, drawn or loaded. A dry run ends here.
         dataset = read_instances(args)
         held_out = read_held_out(args)
         facts = describe_run(args, accelerator, dataset)
-        compare_runs(accelerator, checkpoint, manifest.get("run", facts), facts)
+        compare_runs(accelerator, checkpoint, manifest, facts)
         if args.dry_run:
             report_dry_run(args, parts, accelerator, targets, dataset)
             return
         repository = open_repository(args, accelerator)
         start_trackers(args, accelerator, facts)
-        if args.with_prior_preservation:
+        if args.with_prior_preservation and not finished:
             add_class_images(args, parts, accelerator, dataset)
         loader, batches, updates, total = make_loader(args, accelerator, dataset)
 
         # Frozen models encode what training does not change, and are freed one by one. Then what is trained is loaded.
-        frozen = encode_once(args, parts, accelerator, targets, dataset, held_out)
+        frozen = encode_once(args, parts, accelerator, targets, None if finished else dataset, held_out)
         models = load_trained(args, parts, accelerator, targets, checkpoint)
         trained = prepare_models(args, accelerator, models, total)
         frozen.embed.trained = trained.models  # text encoders that are trained are called, not looked up
-        state = Progress(facts, catch_signals(cleanup), manifest.get("step", 0), total)
-        if checkpoint:
-            resume(accelerator, checkpoint, trained, state)
+        state = Progress(facts, catch_signals(cleanup), manifest.get("step", 0), total, finished=finished)
+        cleanup.enter_context(rescue(args, accelerator, trained, state))
+        resume(accelerator, checkpoint, trained, state)
 
         state.bar = tqdm(total=total, initial=state.step, desc="Training", disable=not accelerator.is_main_process)
         first_epoch = max(state.step - 1, 0) // updates  # step - 1: its epoch's validation may be due
         seen = []
-        for epoch in range(first_epoch, math.ceil(total / updates)):
+        for epoch in range(first_epoch, 0 if finished else math.ceil(total / updates)):
             done = max(state.step - epoch * updates, 0)
             batches[:] = order_epoch(args, dataset, accelerator.num_processes, epoch, done)
             state.clock = time.perf_counter()
@@ -2278,16 +2650,19 @@ def main(args):
                     validate(args, accelerator, trained, frozen, state)
 
         # The weights are saved first: whatever fails after this cannot lose them.
-        state.finished = True
         with evaluation(trained):
-            save_weights(args, accelerator, trained.models, args.output_dir, parts)
+            save_result(args, accelerator, trained, state, parts)
             paths = validate(args, accelerator, trained, frozen, state)
         stop = read_signal(accelerator, state.caught)
         end_training(accelerator, state)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not stop:
             publish(args, parts, repository, state, paths)
         report_end(args, accelerator, state, stop)
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    try:
+        main(ARGS)
+    except KeyboardInterrupt:
+        print("\nSIGINT: the run ends before its first update", file=sys.stderr)
+        sys.exit(130)
