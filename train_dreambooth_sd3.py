@@ -536,7 +536,9 @@ class DreamBoothDataset:
         sizes = dict(Counter(self.sizes))
         log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {sizes}")
         if args.alpha_mask and {0, 255}.issuperset(opacities):
-            log.warning(f"{flag}: --alpha_mask: each image is opaque or transparent as a whole, which teaches nothing")
+            log.warning(
+                f"{flag}: --alpha_mask: no image is transparent in part; one that is as a whole teaches nothing"
+            )
 
     def add_images(self, kind, flag, images, prompts):
         """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and mean opacities.
