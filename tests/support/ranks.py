@@ -10,7 +10,6 @@ all cases.
 """
 
 import contextlib
-import functools
 import gc
 import inspect
 import json
@@ -142,8 +141,13 @@ def draw_fast(monkeypatch):
     """Has pipelines draw in three steps where nobody asks for a number: what is drawn is not what the test is of."""
     from diffusers import StableDiffusion3Pipeline
 
-    call = functools.partialmethod(StableDiffusion3Pipeline.__call__, num_inference_steps=3)
-    monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", call)
+    call = StableDiffusion3Pipeline.__call__
+
+    def draw(self, *inputs, num_inference_steps=28, **options):
+        steps = 3 if num_inference_steps == 28 else num_inference_steps
+        return call(self, *inputs, num_inference_steps=steps, **options)
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", draw)
 
 
 def run_case(case):
