@@ -582,9 +582,10 @@ class DreamBoothDataset:
 
     def has_fixed_crops(self):
         """Whether each image is always seen in the same crop, and there are few enough to stay in memory."""
-        if self.args.random_flip or len(self.scaled) < sum(map(len, self.images.values())):
+        if self.args.random_flip or len(self.kept) < sum(map(len, self.images.values())):
             return False
-        whole = all(pixels.shape[:2] == size for (*_, size), pixels in self.scaled.items())
+        height, width = self.buckets[0]
+        whole = all(image.width * height == image.height * width for image in self.kept.values())
         return self.args.center_crop or (whole and len(self.buckets) == 1)
 
     def __getitem__(self, place):
@@ -1332,7 +1333,7 @@ class SwappedBlocks:
 def cut_positions(args, transformer):
     """Keeps of the table of positions the middle that the run's sizes use: the whole can take 0.4 GiB."""
     embed = transformer.pos_embed
-    side = max(args.resolution, *map(max, list_buckets(args))) // 16
+    side = max(args.resolution, *map(max, list_buckets(args))) // (8 * embed.patch_size)
     side += (embed.pos_embed_max_size - side) % 2  # else the middle would move
     embed.pos_embed = embed.cropped_pos_embed(side * embed.patch_size, side * embed.patch_size)
     embed.pos_embed_max_size = side
