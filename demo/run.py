@@ -6,7 +6,8 @@
 
 Two runs of train_dreambooth_lora_sd3.py through accelerate, with the five pictures in demo/subject, then a page of
 three prompts, demo/out/before_after.png, each drawn from seed 0 by the pipeline as it was, by LoRA, and by LoRA with
-prior preservation. With --all also demo/out/all.png, of twelve prompts, and the tables.
+prior preservation. With --all also demo/out/all.png, of twelve prompts, and two tables, in demo/out/table.md as well,
+where each row is written as soon as its runs are measured.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import chain
 
 QUIET = {  # what libraries say while they load concerns nobody here
     "DIFFUSERS_VERBOSITY": "error",
@@ -30,7 +32,7 @@ os.environ |= QUIET  # before the libraries are imported; the runs inherit it
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import world  # noqa: E402
-from evaluate import BASE, HERE, TOKENS, draw, load_pipeline, measure_style, print_table, subject_pictures  # noqa: E402
+from evaluate import BASE, HERE, TOKENS, draw, load_pipeline, measure_style, subject_pictures, table_rows  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 OUT = HERE / "out"
@@ -53,8 +55,8 @@ FLAGS = {
     "--train_batch_size": 5,
 }
 CLASS_PROMPT, CLASS_IMAGES = "a photo of a dog", 48
-LORA = {"--rank": 16, "--learning_rate": 1e-3, "--max_train_steps": 100}
-FULL = {"--learning_rate": 5e-4, "--max_train_steps": 100}
+LORA = {"--rank": 16, "--learning_rate": 2e-3, "--max_train_steps": 200}
+FULL = {"--learning_rate": 5e-4, "--max_train_steps": 150}
 PRIOR = {
     "--with_prior_preservation": None,
     "--class_data_dir": OUT / "class",
@@ -62,28 +64,25 @@ PRIOR = {
     "--num_class_images": CLASS_IMAGES,
 }
 OUTPUT = {"--class_prompt": CLASS_PROMPT, "--output_preservation_weight": 1.0}
-ENCODERS = {"--train_text_encoder": None, "--text_encoder_lr": 1e-3}
 CUT_OUT = {"--instance_data_dir": OUT / "cut-outs"}
-LONG = {"--max_train_steps": 250}
-UNIFORM = {"--weighting_scheme": "none", "--training_shift": 1, "--rank": 4}
-STYLE = {"--instance_data_dir": HERE / "style", "--train_batch_size": 8, "--rank": 32, "--learning_rate": 1e-3}
-STYLE |= {"--max_train_steps": 150}
+UNIFORM = {"--weighting_scheme": "none", "--training_shift": 1}
+STYLE = {"--instance_data_dir": HERE / "style", "--train_batch_size": 8, "--learning_rate": 1e-3}
+STYLE |= {"--max_train_steps": 100}
 FRIENDLY = {"--weighting_scheme": "logit_normal", "--logit_mean": -3, "--training_shift": 1}
 RUNS = {  # rows of the table; the first two are the demo
     "LoRA": LORA,
-    "LoRA with prior preservation": LORA | PRIOR | LONG | {"--prior_loss_weight": 2.0},
-    "LoRA with output preservation": LORA | OUTPUT | LONG,
-    "LoRA, text encoders too": LORA | ENCODERS,
+    "LoRA with prior preservation": LORA | PRIOR,
+    "LoRA with output preservation": LORA | OUTPUT,
+    "LoRA, rank 4": LORA | {"--rank": 4},
+    "LoRA, rank 4, recipe for a subject": LORA | {"--rank": 4} | UNIFORM,
     "full": FULL,
-    "full with prior preservation": FULL | PRIOR | LONG,
+    "full with prior preservation": FULL | PRIOR,
     "LoRA, cut out": LORA | CUT_OUT,
     "LoRA, cut out, alpha mask": LORA | CUT_OUT | {"--alpha_mask": None},
-    "LoRA, rank 4": LORA | {"--rank": 4},
-    "LoRA, rank 4, recipe for a subject": LORA | UNIFORM,
 }
 STYLES = {  # rows of the table for a style
-    "LoRA, rank 32": STYLE,
-    "LoRA, rank 32, recipe for a style": STYLE | FRIENDLY,
+    "LoRA, rank 32": STYLE | {"--rank": 32},
+    "LoRA, rank 32, recipe for a style": STYLE | FRIENDLY | {"--rank": 32},
     "LoRA, rank 4, recipe for a style": STYLE | FRIENDLY | {"--rank": 4},
 }
 
@@ -188,6 +187,15 @@ def draw_all(pipelines):
     page.save(OUT / "all.png")
 
 
+def write_table(runs, *measure):
+    """Adds a table to demo/out/table.md, and prints it, a line at a time."""
+    with (OUT / "table.md").open("a") as table:
+        for line in table_rows(runs, *measure):
+            print(line, file=table, flush=True)
+            print(line, flush=True)
+        print(file=table)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="Train and measure every row of the README's table.")
@@ -197,14 +205,17 @@ def main():
     print("Drawing class images, for prior preservation", flush=True)
     draw_class_images()
     draw_cut_outs()
-    folders = {name: [train(name, seed) for seed in seeds] for name in (RUNS if args.all else shown)}
+    folders = {name: [train(name, seed) for seed in seeds] for name in shown}
     print("\nDrawing before and after", flush=True)
     pipelines = {"base": BASE} | {name: folders[name][0] for name in shown}
     draw_page(pipelines)
     if args.all:
         draw_all(pipelines)
-        print_table(folders)
-        print_table({name: [train(name, seed) for seed in seeds] for name in STYLES}, measure_style)
+        more = ((name, [train(name, seed) for seed in seeds]) for name in RUNS if name not in shown)
+        styles = ((name, [train(name, seed) for seed in seeds]) for name in STYLES)
+        (OUT / "table.md").unlink(missing_ok=True)
+        write_table(chain(folders.items(), more))
+        write_table(styles, measure_style)
     print(f"\nDone in {time.monotonic() - start:.0f} s. Before and after: {OUT / 'before_after.png'}")
     print(f"The adapters: {' and '.join(str(folders[name][0]) for name in shown)}")
 
