@@ -1451,10 +1451,10 @@ def resume(accelerator, checkpoint, trained, state):
     settings = [{name: group[name] for name in SETTINGS} for group in groups]
     with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
         for file, part in list_states(accelerator, trained).items():
-            saved = torch.load(Path(checkpoint, file), map_location=accelerator.device, weights_only=True)
+            saved = torch.load(Path(checkpoint, file), map_location=device_of(accelerator), weights_only=True)
             part.load_state_dict(saved)
         if trained.average:
-            weights = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
+            weights = load_file(Path(checkpoint, AVERAGE), device=str(device_of(accelerator)))
             trained.average.optimization_step = weights.pop("step").item()
             trained.average.shadow_params = [weights[str(number)] for number in range(len(weights))]
     schedule = trained.schedule.scheduler  # torch's LambdaLR, inside accelerate's wrapper
@@ -1837,8 +1837,8 @@ def start_accelerator(args):
     return accelerator
 
 
-WITHOUT_FSDP = (  # it splits one model, in float32, after it is loaded
-    "use_ema train_text_encoder use_8bit_adam bnb_quantization_config_path full_bf16 fused_backward_pass"
+WITHOUT_FSDP = (  # it splits one float32 model, and not the sums over all weights that Prodigy needs
+    "use_ema train_text_encoder use_8bit_adam prodigy bnb_quantization_config_path full_bf16 fused_backward_pass"
 ).split()
 
 
@@ -1847,8 +1847,8 @@ def check_fsdp(args, plugin):
     if getattr(plugin, "fsdp_version", 1) != 2:
         refuse("FSDP is supported in its second version alone: set fsdp_version to 2, with accelerate 1.6 or later")
     for name in WITHOUT_FSDP:
-        if vars(args).get(name):
-            refuse(f"--{name} does not work under FSDP2: leave it out, or choose DDP in `accelerate config`")
+        if vars(args).get(name) or name == args.optimizer:
+            refuse(f"{name} does not work under FSDP2: leave it out, or choose DDP in `accelerate config`")
     utils.disable_fsdp_ram_efficient_loading()  # transformers would read the encoders on one process alone
     plugin.cpu_ram_efficient_loading = False
     policy = plugin.mixed_precision_policy
