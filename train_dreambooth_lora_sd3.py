@@ -1832,7 +1832,7 @@ import torch
 
 pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
 {RESULT["usage"].format(repository)}
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+pipeline.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
 pipeline({prompts[0]!r}, **size).images[0].save("image.png")
 ```
