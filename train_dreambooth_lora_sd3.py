@@ -28,6 +28,7 @@ The twin, train_dreambooth_sd3.py, trains the whole transformer; `diff` of the t
 import argparse
 import contextlib
 import dataclasses
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -55,16 +56,25 @@ from pathlib import Path
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
-LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+LR_SCHEDULERS = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split()
+TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio".split()
 METHOD = "dreambooth-sd3-lora"
 PRECISIONS = ("no", "fp32", "fp16", "bf16")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
 
+class Stderr(io.FileIO):
+    """Standard error that may go away, like a closed terminal, without ending the run. A file gets lines for bars."""
+
+    def write(self, data):
+        with contextlib.suppress(OSError):
+            super().write(data if self.isatty() else data.replace(b"\r", b"\n"))
+        return len(data)
+
+
 def refuse(message):
     """Prints one line and exits with code 2; if all processes fail alike, only local rank 0 prints."""
-    if int(os.environ.get("LOCAL_RANK", 0)):
+    if int(os.environ.get("LOCAL_RANK") or 0):
         time.sleep(2)  # the launcher should have killed this process by then
     line = " ".join(str(message).split())
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
@@ -73,18 +83,27 @@ def refuse(message):
 
 @contextlib.contextmanager
 def or_refuse(what):
-    """Turns any exception into a one-line error: damaged files and unreachable servers can raise anything."""
+    """Turns any exception into a one-line error: damaged files and unreachable servers can raise anything.
+
+    With SHOW_TRACEBACKS in the environment it stays as it is, for whoever changes the code.
+    """
     try:
         yield
     except Exception as error:
+        if "SHOW_TRACEBACKS" in os.environ:
+            raise
         refuse(f"{what} ({type(error).__name__}: {error})")
 
 
+def utf8(text):
+    """Value of a flag that is a text. Errors: ValueError for bytes that are none."""
+    text.encode()
+    return text
+
+
 def boolean(text):
-    """Value of a true/false flag; with type=bool argparse would read 'False' as true."""
-    if text.lower() not in {"true", "false", "1", "0", "yes", "no"}:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in {"true", "1", "yes"}
+    """Value of a true/false flag; with type=bool argparse would read 'False' as true. Errors: ValueError."""
+    return ("false", "0", "no", "true", "1", "yes").index(text.lower()) >= 3
 
 
 def in_range(kind, low, below=1e30):
@@ -102,7 +121,6 @@ def in_range(kind, low, below=1e30):
 
 STEPS = in_range(int, 1)
 COUNT = in_range(int, 1, 10_001)
-NUMBER = in_range(float, -1e30)
 AMOUNT = in_range(float, 0.0)
 POSITIVE = in_range(float, 1e-30)
 NORM = in_range(float, 1e-30, math.inf)
@@ -118,7 +136,7 @@ def add_group(parser, title):
     """A function that adds a flag to a new group: its name, its help, its type (bool: a switch) and its default."""
     group = parser.add_argument_group(title)
 
-    def add(name, text, kind=str, default=None, **options):
+    def add(name, text, kind=utf8, default=None, **options):
         if kind is bool:
             group.add_argument(name, help=text, action="store_true")
             return
@@ -143,8 +161,8 @@ def add_input_flags(parser):
     add("--dataset_name", "Hub id or folder of an image dataset, read by the datasets library.")
     add("--dataset_config_name", "Configuration of that dataset.")
     add("--instance_data_dir", "Folder with the subject's images, in place of --dataset_name.")
-    add("--dataset_split", "Split of that dataset.", str, "train")
-    add("--image_column", "Dataset column with the images.", str, "image")
+    add("--dataset_split", "Split of that dataset.", utf8, "train")
+    add("--image_column", "Dataset column with the images.", utf8, "image")
     add("--caption_column", "Dataset column with one caption per image; empty ones use --instance_prompt.")
     add("--repeats", "How often each instance image occurs in an epoch.", COUNT, 1)
     add("--instance_prompt", "Prompt of images without a caption: 'a photo of sks dog'.")
@@ -180,6 +198,7 @@ def add_method_flags(parser):
     add("--lora_blocks", "Blocks that get adapters, such as 0,3 or 12-24; unset: all.")
     add("--upcast_before_saving", "Save the final adapters in float32.", bool)
     add("--bnb_quantization_config_path", "JSON of a BitsAndBytesConfig: 8- or 4-bit base, GPU.")
+    add("--blocks_to_swap", "Blocks whose weights wait in RAM; needs --gradient_checkpointing.", in_range(int, 0), 0)
     add("--init_lora", "Adapters to start from, file or folder, of the same layers and rank.")
     preservation = "Weight of a loss that keeps predictions for --class_prompt close to the base model's."
     add("--output_preservation_weight", preservation, AMOUNT, 0.0)
@@ -205,11 +224,11 @@ def add_training_flags(parser):
     add("--local_rank", "Accepted from old launchers; LOCAL_RANK is what counts.", int, -1)
 
     add = add_group(parser, "loss")
-    add("--weighting_scheme", "SD3 paper, 3.1; none: uniform.", str, "logit_normal", choices=WEIGHTINGS)
+    add("--weighting_scheme", "SD3 paper, 3.1; none: uniform.", utf8, "logit_normal", choices=WEIGHTINGS)
     add("--training_shift", "Shift of the noise levels; unset: the scheduler's, 3 in SD3.", POSITIVE)
-    add("--logit_mean", "Mean of the logit-normal density.", NUMBER, 0.0)
+    add("--logit_mean", "Mean of the logit-normal density.", in_range(float, -1e30), 0.0)
     add("--logit_std", "Standard deviation of the logit-normal density.", POSITIVE, 1.0)
-    add("--mode_scale", "Scale of the mode density.", NUMBER, 1.29)
+    add("--mode_scale", "Scale of the mode density.", in_range(float, -1.0, 1.752), 1.29)
     add("--precondition_outputs", "1 compares clean latents, 0 velocities.", int, 1, choices=(0, 1))
 
     add = add_group(parser, "optimizer")
@@ -217,7 +236,7 @@ def add_training_flags(parser):
     add("--learning_rate", "Learning rate after warm-up.", AMOUNT, 1e-4)
     add("--text_encoder_lr", "Text encoders' rate; prodigy takes --learning_rate.", AMOUNT, 5e-6)
     add("--scale_lr", "Multiply --learning_rate by processes, accumulation and batch size.", bool)
-    add("--lr_scheduler", "Shape of the learning rate over the run.", str, "constant", choices=LR_SCHEDULERS)
+    add("--lr_scheduler", "Shape of the learning rate over the run.", utf8, "constant", choices=LR_SCHEDULERS)
     add("--lr_warmup_steps", "Updates of warm-up.", in_range(int, 0), 500)
     add("--lr_num_cycles", "Restarts of cosine_with_restarts.", COUNT, 1)
     add("--lr_power", "Power of polynomial.", AMOUNT, 1.0)
@@ -244,9 +263,9 @@ def add_output_flags(parser):
     add("--skip_final_inference", "Draw no images at the end.", bool)
 
     add = add_group(parser, "output")
-    add("--output_dir", "Where everything is written.", str, "sd3-dreambooth")
-    add("--logging_dir", "The trackers' folder inside output_dir.", str, "logs")
-    add("--report_to", f"Some of {','.join(TRACKERS)}; or all, none.", str, "tensorboard")
+    add("--output_dir", "Where everything is written.", utf8, "sd3-dreambooth")
+    add("--logging_dir", "The trackers' folder inside output_dir.", utf8, "logs")
+    add("--report_to", f"Some of {','.join(TRACKERS)}; or all, none.", utf8, "tensorboard")
     add("--tracker_project_name", "The trackers' project.")
     add("--tracker_run_name", "The run's name in wandb and in logging_dir.")
     add("--checkpointing_steps", "Updates between checkpoints.", STEPS, 500)
@@ -268,7 +287,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser():
     parser = Parser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or METHOD).splitlines()[0],  # `python -OO` takes the docstring away
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ...",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -284,22 +303,30 @@ def check_data_flags(args):
     """Refuses data flags that contradict each other and folders that are not there."""
     if bool(args.dataset_name) == bool(args.instance_data_dir):
         refuse("--dataset_name, --instance_data_dir: give exactly one of the two")
-    for name in ("instance_data_dir", "validation_data_dir", "class_data_dir"):
+    output = Path(args.output_dir).resolve()
+    drawn = Path(args.class_data_dir or os.devnull).resolve()
+    if drawn == output:
+        refuse(
+            f"--class_data_dir is --output_dir {args.output_dir!r}: the next run would train on what this one draws"
+        )
+    for name in ("instance_data_dir", "dataset_name", "validation_data_dir"):
         folder = getattr(args, name)
         if not folder:
             continue
-        if Path(folder).resolve() == Path(args.output_dir).resolve():
+        path = Path(folder).resolve()
+        if path == output:
             refuse(f"--{name} is --output_dir {args.output_dir!r}: the next run would train on what this one draws")
-        if name != "class_data_dir" and not Path(folder).is_dir():
+        if path.is_relative_to(drawn) or drawn.is_relative_to(path):
+            refuse(
+                f"--class_data_dir {args.class_data_dir!r} overlaps --{name}: give class images a folder of their own"
+            )
+        if name != "dataset_name" and not os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises on a long name
             refuse(f"--{name} {folder!r} is not a folder: give the folder with the images")
-    if args.resolution % 16:
-        near = round(args.resolution / 16) * 16
-        refuse(f"--resolution {args.resolution} is not a multiple of 16 (VAE 8, patch 2): {near} is the nearest")
 
 
 def check_class_flags(args):
     """Refuses prior and output preservation that lack a flag, and says which flags have no effect."""
-    preserve_outputs = vars(args).get("output_preservation_weight")
+    preserve_outputs = args.output_preservation_weight
     if preserve_outputs and (args.with_prior_preservation or not args.class_prompt):
         refuse("--output_preservation_weight needs --class_prompt, and excludes --with_prior_preservation")
     for name in ("class_data_dir", "class_prompt"):
@@ -344,10 +371,14 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds: --help and a wrong flag answer at once
+    sys.stderr = io.TextIOWrapper(Stderr(2, "w"), write_through=True)
     ARGS = parse_args()
+    if not sys.stderr.isatty():  # the seconds between two lines of a bar
+        os.environ.update(TQDM_MININTERVAL="30", TQDM_MAXINTERVAL="60")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about a missing torchvision, which is not needed
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # the libraries' progress bars: one process is enough
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a CPU kernel that is not needed
 
 import huggingface_hub
 import numpy as np
@@ -364,17 +395,23 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
+
+with contextlib.suppress(ImportError):  # if it is there, Pillow reads the photos of iPhones
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 log = get_logger(__name__)
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"}
+IMAGE_SUFFIXES = ".jpg .jpeg .jfif .png .webp .avif .heic .heif .bmp .gif .tif .tiff".split()
 CAPTION_SUFFIXES = (".txt", ".caption")
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # what makes a folder an imagefolder dataset
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as in an imagefolder of the datasets library
 ENCODED = ".encoded"  # folder in output_dir for what is encoded once, while a run lasts
-KEPT_BYTES = 2**30  # of scaled images that stay in memory: decoding a photo can take longer than an update
+KEPT_PIXELS = 2**28  # of images that stay in memory, 1 GiB: decoding a photo can take longer than an update
 
 
 def derive_seed(*parts):
@@ -385,8 +422,8 @@ def derive_seed(*parts):
 
 def list_images(folder):
     """Image files of a folder in sorted order, without hidden ones."""
-    files = [path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
-    return [path for path in files if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in sorted(Path(folder).glob("[!.]*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return list(filter(Path.is_file, files))
 
 
 def open_image(source, reach, number, alpha_mask=False):
@@ -419,34 +456,29 @@ def open_image(source, reach, number, alpha_mask=False):
         return image
     except Exception as error:  # PIL's readers raise anything on a damaged file
         name = repr(str(path)[:200]) if path else f"of row {number}"
-        raise ValueError(f"the image {name} cannot be read ({error}): repair or remove it") from error
+        raise ValueError(f"the image {name} cannot be read ({error})") from error
 
 
-def scale_image(image, size):
-    """An image scaled until it just covers `size`, (height, width): pixels (H, W, bands) from 0 to 255."""
+def crop_image(image, size, generator, center, flip):
+    """A crop of `size`, (height, width): uint8 (bands, height, width), its place and mirror drawn.
+
+    The image is scaled until it just covers `size`, but only inside the crop: all of 1 x 5000 pixels would take 4 GB.
+    """
     height, width = size
-    if image.height * width < image.width * height:
-        width = image.width * height // image.height
-    else:
-        height = image.height * width // image.width
-    bands = [image.convert("RGB"), *image.split()[3:]]  # apart: PIL would multiply the colours by the alpha
-    scaled = [band.resize((width, height), Image.Resampling.BILINEAR) for band in bands]  # antialiased
-    return np.dstack(scaled)
-
-
-def crop_image(pixels, size, generator, center, flip):
-    """A crop of `size` of pixels (H, W, bands): uint8 (bands, height, width), its place and mirror drawn."""
-    height, width = size
-    spare_rows = pixels.shape[0] - height
-    spare_columns = pixels.shape[1] - width
+    rows = max(height, image.height * width // image.width)
+    columns = max(width, image.width * height // image.height)
     down, right, mirror = torch.rand(3, generator=generator).tolist()
     if center:
-        top = round(spare_rows / 2)
-        left = round(spare_columns / 2)
+        top = round((rows - height) / 2)
+        left = round((columns - width) / 2)
     else:
-        top = int(down * (spare_rows + 1))
-        left = int(right * (spare_columns + 1))
-    crop = pixels[top : top + height, left : left + width]
+        top = int(down * (rows - height + 1))
+        left = int(right * (columns - width + 1))
+    x = image.width / columns
+    y = image.height / rows
+    box = (left * x, top * y, (left + width) * x, (top + height) * y)
+    bands = [image.convert("RGB"), *image.split()[3:]]  # apart: PIL would multiply the colours by the alpha
+    crop = np.dstack([band.resize((width, height), Image.Resampling.BILINEAR, box) for band in bands])  # antialiased
     if flip and mirror < 0.5:
         crop = crop[:, ::-1]
     return torch.from_numpy(crop.copy()).permute(2, 0, 1)
@@ -470,6 +502,15 @@ def list_buckets(args):
     return buckets
 
 
+def read_caption(number, caption):
+    """Captions of an image to choose from, (text, ...): one, those of a list, or none. Refuses what is not text."""
+    texts = caption if isinstance(caption, list) else [caption]
+    words = [" ".join(text.split()) for text in texts if isinstance(text, str)]
+    if caption is not None and len(words) < len(texts):
+        refuse(f"the caption of row {number} is {caption!r}: give a text or a list of texts")
+    return tuple(filter(None, words))
+
+
 class DreamBoothDataset:
     """Instance images with their prompts, each together with a class image where there are any.
 
@@ -483,46 +524,65 @@ class DreamBoothDataset:
         self.images = {}  # by kind, "instance" or "class"
         self.prompts = {}
         self.moments = None
-        self.scaled = {}
-        self.kept_bytes = 0
-        words = [" ".join(str(caption or "").split()) for caption in captions]
-        prompts = [caption or args.instance_prompt for caption in words]
-        if None in prompts:
-            refuse(f"{flag}: {prompts.count(None)} of {len(prompts)} images have no caption: give --instance_prompt")
-        self.sizes, checksums = self.add_images("instance", flag, images, prompts)
+        self.kept = {}
+        self.room = KEPT_PIXELS
+        prompts = [read_caption(number, caption) for number, caption in enumerate(captions)]
+        lacking = prompts.count(())
+        if lacking and args.instance_prompt is None:
+            refuse(f"{flag}: {lacking} of {len(prompts)} images have no caption: give --instance_prompt")
+        prompts = [words or (args.instance_prompt,) for words in prompts]
+        self.sizes, checksums, alphas = self.add_images("instance", flag, images, prompts)
         self.digest = derive_seed(prompts, checksums)
         sizes = dict(Counter(self.sizes))
-        log.info(f"{flag}: {len(images)} images, {words.count('')} without a caption; (height, width): {sizes}")
+        log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {sizes}")
+        if args.alpha_mask and {(0, 0), (255, 255)}.issuperset(alphas):
+            log.warning(f"{flag}: --alpha_mask: each image is fully opaque, or transparent and teaches nothing")
 
     def add_images(self, kind, flag, images, prompts):
-        """Adds the images of a kind and reads each once. Returns the sizes of their crops, and checksums."""
+        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and ranges of alpha.
+
+        `prompts` are tuples: of each, one is drawn an epoch.
+        """
         if not len(images):
-            refuse(f"{flag}: there is no image")
+            refuse(f"{flag}: there is no image: give a folder that directly holds {', '.join(IMAGE_SUFFIXES)} files")
         self.images[kind] = images
         self.prompts[kind] = prompts
 
         def inspect(number):
-            pixels, size = self.load(kind, number)
-            return size, hashlib.sha256(pixels).hexdigest()
+            image = self.load(kind, number)
+            bucket = training_utils.find_nearest_bucket(image.height, image.width, self.buckets)
+            checksum = hashlib.sha256(image.tobytes()).hexdigest()
+            return self.buckets[bucket], checksum, image.split()[-1].getextrema()
 
-        with or_refuse(flag), ThreadPoolExecutor() as pool:
-            return zip(*pool.map(inspect, range(len(images))), strict=True)
+        with ThreadPoolExecutor() as pool:
+            found = [pool.submit(inspect, number) for number in range(len(images))]
+        broken = [str(each.exception()) for each in found if each.exception()]
+        if broken:
+            remedy = "repair or remove them; for HEIC: pip install pillow-heif"
+            refuse(f"{flag}: {len(broken)} of {len(images)} images are broken: {'; '.join(broken[:10])}: {remedy}")
+        return zip(*[each.result() for each in found], strict=True)
 
-    def load(self, kind, number, size=None):
-        """Scaled pixels (H, W, bands) of an image, which stay in memory while there is room, and its crop's size."""
-        reach = max(map(max, self.buckets))
-        image = open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
-        if size is None:
-            size = self.buckets[training_utils.find_nearest_bucket(image.height, image.width, self.buckets)]
-        pixels = scale_image(image, size)
-        if self.kept_bytes + pixels.nbytes <= KEPT_BYTES:
-            self.kept_bytes += pixels.nbytes
-            self.scaled[kind, number, size] = pixels
-        return pixels, size
+    def load(self, kind, number):
+        """An image, which stays in memory while there is room."""
+        image = self.kept.get((kind, number))
+        if image is None:
+            reach = max(map(max, self.buckets))
+            image = open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
+            self.room -= image.width * image.height
+            if self.room > 0:
+                self.kept[kind, number] = image
+        return image
 
     def __len__(self):
         instances = len(self.images["instance"]) * self.args.repeats
         return max(instances, len(self.images.get("class", ())))
+
+    def has_fixed_crops(self):
+        """Whether each image is always seen in the same crop, and there are few enough to stay in memory."""
+        if self.args.random_flip or len(self.scaled) < sum(map(len, self.images.values())):
+            return False
+        whole = all(pixels.shape[:2] == size for (*_, size), pixels in self.scaled.items())
+        return self.args.center_crop or (whole and len(self.buckets) == 1)
 
     def __getitem__(self, place):
         """The examples of an item: instance, then class."""
@@ -532,12 +592,13 @@ class DreamBoothDataset:
         for kind, images in self.images.items():
             number = index % len(images)
             seed = derive_seed(self.args.seed, kind, epoch, index + copy * len(self))
-            prompt = self.prompts[kind][number]
-            chance = random.Random(derive_seed(seed, "caption")).random()
-            if kind == "instance" and chance < self.args.caption_dropout:
+            draw = random.Random(derive_seed(seed, "caption"))
+            dropped = draw.random() < self.args.caption_dropout
+            prompt = draw.choice(self.prompts[kind][number])
+            if dropped and kind == "instance":
                 prompt = ""
             if self.moments:
-                data = self.moments[kind, number, size]["moments"]
+                data = self.moments[kind, number, size]["moments"][0]
             else:
                 data = self.pixels(kind, number, size, seed)
             examples.append({"data": data, "prompt": prompt, "seed": seed})
@@ -549,59 +610,39 @@ class DreamBoothDataset:
 
     def pixels(self, kind, number, size, seed):
         """Pixels (bands, height, width) of one image from 0 to 255, in the crop that `seed` draws."""
-        scaled = self.scaled.get((kind, number, size))
-        if scaled is None:
-            scaled, _ = self.load(kind, number, size)
         generator = torch.Generator().manual_seed(derive_seed(seed, "crop"))
-        return crop_image(scaled, size, generator, self.args.center_crop, self.args.random_flip)
+        image = self.load(kind, number)
+        return crop_image(image, size, generator, self.args.center_crop, self.args.random_flip)
 
 
-class EpochSampler:
-    """Batches of places (epoch, index, copy): every index once an epoch, in an order drawn from seed and epoch.
-
-    Batches hold images of one size and are full, and so are updates: copies of the epoch's last images, drawn anew,
-    fill them up. The images of an update depend on its size alone, processes x batch x accumulation. Set `epoch`, and
-    `start` to the batches that a process has done of it, before each pass.
-    """
+class Batches(list):
+    """What a loader reads in an epoch: lists of places, see order_epoch."""
 
     batch_size = None  # tells accelerate that it cannot split them itself
 
-    def __init__(self, args, dataset, processes):
-        self.seed = args.seed
-        self.sizes = [dataset.size(index) for index in range(len(dataset))]
-        self.batch = args.train_batch_size
-        self.group = self.batch * processes  # a batch on every process
-        self.update = self.group * args.gradient_accumulation_steps
-        self.epoch = 0
-        self.start = 0
 
-    def __len__(self):
-        return len(self.order()) // self.batch
+def order_epoch(args, dataset, processes, epoch, done=0):
+    """Batches of places (epoch, index, copy): every index once, in an order drawn from seed and epoch.
 
-    def order(self):
-        """The epoch's (index, copy): full updates of one size each, then what is left of each size."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        items = []
-        by_size = {}  # less than an update each
-        for index in torch.randperm(len(self.sizes), generator=generator).tolist():
-            size = self.sizes[index]
-            by_size.setdefault(size, []).append((index, 0))
-            if len(by_size[size]) == self.update:
-                items += by_size.pop(size)
-        leftovers = list(by_size.values())
-        for leftover in leftovers:
-            items += leftover
-            # Every process must get the same number of batches; the last ones also complete the update.
-            multiple = self.update if leftover is leftovers[-1] else self.group
-            for number in range(-len(items) % multiple):
-                index, _ = leftover[number % len(leftover)]
-                items.append((index, 1 + number // len(leftover)))
-        return items
-
-    def __iter__(self):
-        places = [(self.epoch, index, copy) for index, copy in self.order()]
-        for first in range(self.start * self.group, len(places), self.batch):
-            yield places[first : first + self.batch]
+    An update, which is processes x batch x accumulation images, is full and of one size: copies, drawn anew, fill up
+    the last one of each size. So it has the same images however they are shared out. Leaves out the `done` updates.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(args.seed, "order", epoch))
+    batch = args.train_batch_size
+    update = processes * batch * args.gradient_accumulation_steps
+    places = []
+    by_size = {}  # less than an update each
+    for index in torch.randperm(len(dataset), generator=generator).tolist():
+        size = dataset.size(index)
+        by_size.setdefault(size, []).append((epoch, index, 0))
+        if len(by_size[size]) == update:
+            places += by_size.pop(size)
+    for rest in by_size.values():
+        for number in range(update - len(rest)):
+            _, index, copy = rest[number]
+            rest.append((epoch, index, copy + 1))
+        places += rest
+    return [places[first : first + batch] for first in range(done * update, len(places), batch)]
 
 
 def collate(items):
@@ -627,13 +668,17 @@ class TensorFolder:
     def __getitem__(self, key):
         return load_file(self.path(key))
 
-    def fill(self, accelerator, keys, make, title):
-        """Stores what `make` gives for each key; the processes share the work."""
+    def fill(self, accelerator, keys, make, title, batch=1):
+        """Stores what `make` gives for each key, asked for `batch` keys at once; the processes share the work."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = keys[accelerator.process_index :: accelerator.num_processes]
-        for key in tqdm(mine, desc=title, disable=not accelerator.is_main_process):
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in make(key).items()}
-            save_file(tensors, self.path(key))
+        for first in tqdm(range(0, len(mine), batch), desc=title, disable=not accelerator.is_main_process):
+            some = mine[first : first + batch]
+            made = make(some)
+            for number, key in enumerate(some):
+                tensors = {name: tensor[number : number + 1].cpu().contiguous() for name, tensor in made.items()}
+                with or_refuse(f"{self.folder} cannot be written"):
+                    save_file(tensors, self.path(key))
         accelerator.wait_for_everyone()
 
 
@@ -641,44 +686,47 @@ def read_folder(args, flag, folder):
     """Images of a folder and a caption or None for each, from the files beside them or from its metadata file."""
     if any(Path(folder, name).is_file() for name in METADATA):
         return read_dataset(args, flag, folder, "image", args.caption_column or "text")
+    unused = (args.dataset_split, args.image_column, args.caption_column)
+    if args.instance_data_dir and unused != ("train", "image", None):
+        log.warning(f"{flag} {folder!r} has no metadata file: split and columns of a dataset have no effect")
     images = list_images(folder)
-    if not images:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        refuse(f"{flag} {folder!r}: there is no image in it: give a folder that directly holds {suffixes} files")
     captions = []
     for image in images:
-        beside = [path for path in map(image.with_suffix, CAPTION_SUFFIXES) if path.is_file()]
-        caption = None
-        if beside:
-            with or_refuse(f"{beside[0]} is not UTF-8 text: save it as such"):
-                caption = beside[0].read_text(encoding="utf-8-sig")
-        captions.append(caption)
+        beside = next(filter(Path.is_file, map(image.with_suffix, CAPTION_SUFFIXES)), None)
+        with or_refuse(f"{beside} is not UTF-8 text: save it as such"):
+            captions.append(beside and beside.read_text(encoding="utf-8-sig"))
     return images, captions
 
 
 def read_dataset(args, flag, name, image_column, caption_column):
-    """Images of a dataset, decoded when they are used, and a caption or None for each.
+    """Images of a dataset, decoded when they are used, and captions or None for each.
 
     `name` is a Hub id, a folder of save_to_disk, or a folder of images with a metadata file.
     """
-    with or_refuse(f"{flag} {name!r} cannot be read"):
+    remedy = (
+        "a folder's name must be without brackets, each file_name in its metadata that of a file in it;"
+        " other files of images than parquet have to be unpacked; --cache_dir moves what is written"
+    )
+    with or_refuse(f"{flag} {name!r} cannot be read: {remedy}"):
         import datasets
 
-        if Path(name, "state.json").is_file():
+        if Path(name, "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(Path(name, args.dataset_split))
+        elif Path(name, "state.json").is_file():
             rows = datasets.load_from_disk(name)
-        elif Path(name, "dataset_dict.json").is_file():
-            splits = datasets.load_from_disk(name)
-            if args.dataset_split not in splits:
-                raise ValueError(f"--dataset_split {args.dataset_split!r} is not in it: it has {', '.join(splits)}")
-            rows = splits[args.dataset_split]
         else:
-            options = {"split": args.dataset_split, "cache_dir": args.cache_dir}
-            rows = datasets.load_dataset(name, args.dataset_config_name, **options)
-        for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-            if column and column not in rows.column_names:
-                refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
+            split = args.dataset_split
+            rows = datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
+        missing = {image_column, caption_column} - {None, *rows.column_names}
+        if missing:
+            refuse(f"{flag} {name!r} has no column {' or '.join(missing)}, but {', '.join(rows.column_names)}")
+        if not isinstance(rows.features[image_column], datasets.Image | datasets.Value | dict):
+            raise TypeError("it has arrays for images: cast them to datasets.Image")
         images = rows.cast_column(image_column, datasets.Image(decode=False))[image_column]
-    captions = rows[caption_column][:] if caption_column else [None] * len(rows)
+        captions = rows[caption_column][:] if caption_column else [None] * len(rows)
+        label = rows.features.get(caption_column)
+        if isinstance(label, datasets.ClassLabel):
+            captions = label.int2str(captions)
     return images, captions
 
 
@@ -686,23 +734,22 @@ def read_instances(args):
     """The images to train on, with their prompts."""
     if args.dataset_name:
         flag = "--dataset_name"
-        images, captions = read_dataset(args, flag, args.dataset_name, args.image_column, args.caption_column)
+        found = read_dataset(args, flag, args.dataset_name, args.image_column, args.caption_column)
     else:
         flag = "--instance_data_dir"
-        images, captions = read_folder(args, flag, args.instance_data_dir)
-    return DreamBoothDataset(args, flag, images, captions)
+        found = read_folder(args, flag, args.instance_data_dir)
+    return DreamBoothDataset(args, flag, *found)
 
 
 def read_held_out(args):
     """The images of --validation_data_dir, cropped in the middle; None without the flag."""
     if not args.validation_data_dir:
         return None
+    prompt = args.instance_prompt or ""
     fixed = {"center_crop": True, "random_flip": False, "repeats": 1, "seed": 0, "caption_dropout": 0}
-    fixed["instance_prompt"] = args.instance_prompt or ""
-    plain = argparse.Namespace(**vars(args) | fixed)
+    plain = argparse.Namespace(**vars(args) | fixed | {"instance_prompt": prompt})
     flag = "--validation_data_dir"
-    images, captions = read_folder(args, flag, args.validation_data_dir)
-    return DreamBoothDataset(plain, flag, images, captions)
+    return DreamBoothDataset(plain, flag, *read_folder(args, flag, args.validation_data_dir))
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -716,12 +763,9 @@ def read_pipeline(args):
     """Parts of the base pipeline, {name: (library, class)}, from model_index.json. Refuses anything but an SD3."""
     model = args.pretrained_model_name_or_path
     remedy = "give a diffusers folder or a Hub id; for a gated model accept its licence and run `hf auth login`"
-    parts = {}
     with or_refuse(f"--pretrained_model_name_or_path {model!r}: no model_index.json can be read: {remedy}"):
         index = StableDiffusion3Pipeline.load_config(model, cache_dir=args.cache_dir, revision=args.revision)
-        for name, entry in index.items():
-            if isinstance(entry, list | tuple) and entry[0]:
-                parts[name] = entry
+        parts = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
     if args.no_t5:
         parts.pop("text_encoder_3", None)
         parts.pop("tokenizer_3", None)
@@ -732,7 +776,20 @@ def read_pipeline(args):
         if library not in ("diffusers", "transformers") or needed.get(name, "") not in class_name:
             found = f"its {name} is {library} {class_name}"
             refuse(f"--pretrained_model_name_or_path {model!r} is not an SD3 pipeline: {found}")
+    for name, field in (("vae", "scaling_factor"), ("vae", "shift_factor"), ("scheduler", "shift")):
+        with or_refuse(f"{name} of {model!r} cannot be used"):
+            number = sketch_part(args, parts, name).config[field]
+            if number is None or number <= 0:
+                raise ValueError(f"its {field} is {number}")
     return parts
+
+
+def has_room(device, size):
+    """Whether a CUDA device has `size` bytes left; other devices always do."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0] >= size
 
 
 def source_of(args, name):
@@ -745,6 +802,11 @@ def device_of(accelerator):
     if accelerator.device.type == "cpu":
         return torch.device("cpu")
     return accelerator.device
+
+
+def is_split(accelerator):
+    """Whether FSDP2 splits what is trained over the processes."""
+    return accelerator.distributed_type.value == "FSDP"
 
 
 def on_device(accelerator, dtype):
@@ -792,19 +854,19 @@ def load_part(args, parts, name, checkpoint=None, **options):
         options |= source_of(args, name)
         with torch.device("meta") if on_meta else contextlib.nullcontext():
             part, info = part_class.from_pretrained(model, **options, output_loading_info=True)
-        wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+        wrong = sum(map(list, info.values()), [])  # keys that are missing, unexpected, of another shape
         if wrong and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {wrong[0]}, {len(wrong)} in all")
-        if name == "vae" and part.config.shift_factor is None:
-            raise ValueError("no shift_factor in its config: not an SD3 VAE")
     return part.requires_grad_(False).eval()
 
 
 def load_tokenizer_or_scheduler(part_class, model, source):
-    """A part without weights. Errors: ValueError for a tokenizer that knows no word."""
+    """A part without weights. Errors: ValueError for a tokenizer without words or length."""
     part = part_class.from_pretrained(model, **source)
-    if hasattr(part, "unk_token_id") and part.unk_token_id in part("photo", add_special_tokens=False).input_ids:
-        raise ValueError("it has no vocabulary: a tokenizer file is missing")
+    if hasattr(part, "unk_token_id"):
+        unknown = part.unk_token_id in part("photo", add_special_tokens=False).input_ids
+        if unknown or part.model_max_length > 2**20:
+            raise ValueError("it has no vocabulary or no length: a tokenizer file is missing")
     return part
 
 
@@ -822,7 +884,7 @@ def read_transformer_config(args):
 
 
 def sketch_part(args, parts, name):
-    """A model of the pipeline without its weights, on the meta device: names and sizes of its layers."""
+    """A part of the pipeline that is no tokenizer, without weights: its config, names and sizes of its layers."""
     model = args.pretrained_model_name_or_path
     if name == "transformer":
         model = args.pretrained_transformer_model_name_or_path or model
@@ -834,10 +896,36 @@ def sketch_part(args, parts, name):
             part = kind(kind.config_class.from_pretrained(model, **source_of(args, name)))
         else:
             part = kind.from_config(kind.load_config(model, **source_of(args, name)))
-    return part.requires_grad_(False)
+    return part
+
+
+def load_to_train(args, parts, accelerator, name, dtype, checkpoint=None, **options):
+    """A model to be trained, on the device.
+
+    Under FSDP2 it is on the CPU, and only the main process reads the weights: hand_out sends them to the others.
+    """
+    if not is_split(accelerator):
+        return load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype) | options)
+    if accelerator.is_main_process:
+        return load_part(args, parts, name, checkpoint, torch_dtype=dtype)
+    return sketch_part(args, parts, name).to(dtype).to_empty(device="cpu")
+
+
+def load_frozen(args, parts, accelerator, name, dtype):
+    """A text encoder or transformer on the device, or on the CPU: its layers then pass through the device as they run.
+
+    On the CPU are text encoders with --offload, and what does not fit with a fifth to spare for the activations.
+    """
+    size = utils.compute_module_sizes(sketch_part(args, parts, name), dtype=dtype)[""]
+    device = device_of(accelerator)
+    if args.offload and name in TEXT_ENCODERS or not has_room(device, 1.2 * size):
+        return cpu_offload(load_part(args, parts, name, torch_dtype=dtype), device)
+    return load_part(args, parts, name, **on_device(accelerator, dtype))
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
+
+TEXT_BATCH = 16  # prompts at once: where T5 waits on the CPU, 9.5 GB cross the bus for each batch
 
 
 class PromptTable:
@@ -866,19 +954,12 @@ class PromptTable:
     def fill(self, parts, prompts):
         """Encodes each prompt once with each frozen encoder, one encoder at a time; the processes share the work."""
         for name, table in self.tables.items():
-            encoder = self.load_encoder(parts, name)
+            encoder = load_frozen(self.args, parts, self.accelerator, name, self.dtype)
             encode = functools.partial(self.encode, encoder=encoder, name=name)
             with torch.no_grad():
-                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}")
+                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}", TEXT_BATCH)
             del encoder, encode
             training_utils.free_memory()
-
-    def load_encoder(self, parts, name):
-        """A text encoder on the device; with --offload its weights stay on the CPU and pass through the device."""
-        if self.args.offload:
-            encoder = load_part(self.args, parts, name, torch_dtype=self.dtype)
-            return cpu_offload(encoder, device_of(self.accelerator))
-        return load_part(self.args, parts, name, **on_device(self.accelerator, self.dtype))
 
     def report_cut(self, prompts):
         """Warns of prompts that CLIP or T5 cannot read to the end, ten at most, with the words that are lost."""
@@ -959,9 +1040,10 @@ def encode_moments(vae, pixels):
 def cache_moments(dataset, vae, accelerator, name):
     """Encodes every image of the dataset once, in one crop each."""
 
-    def encode(key):
+    def encode(keys):
+        (key,) = keys
         pixels = dataset.pixels(*key, derive_seed(dataset.args.seed, "cache", *key))
-        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))[0]}
+        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))}
 
     keys = {}  # a dict keeps their order
     for kind, images in dataset.images.items():
@@ -970,7 +1052,7 @@ def cache_moments(dataset, vae, accelerator, name):
     moments = TensorFolder(dataset.args, name)
     moments.fill(accelerator, list(keys), encode, "Caching latents")
     dataset.moments = moments
-    dataset.scaled = {}
+    dataset.kept.clear()
 
 
 def draw_latents(args, vae_config, moments, seeds, device):
@@ -1035,12 +1117,21 @@ def flow_losses(args, transformer, scheduler, drawn, text, target=None):
     return losses, prediction
 
 
+def loss_weights(args):
+    """Weight of each kind of loss by name, in the order in which batch_losses gives them."""
+    weights = {"instance_loss": 1}
+    if args.with_prior_preservation:
+        weights["prior_loss"] = args.prior_loss_weight
+    if args.output_preservation_weight:
+        weights["preservation_loss"] = args.output_preservation_weight
+    return weights
+
+
 def mean_loss(args, losses):
-    """The loss that is minimised: the instance images' mean, and the class images' by --prior_loss_weight."""
-    if not args.with_prior_preservation:
-        return losses.mean()
-    instance, prior = losses.chunk(2)
-    return instance.mean() + args.prior_loss_weight * prior.mean()
+    """The loss that is minimised: the weighted sum of each kind's mean."""
+    weights = loss_weights(args).values()
+    kinds = losses.chunk(len(weights))
+    return sum(weight * kind.mean() for weight, kind in zip(weights, kinds, strict=True))
 
 
 @dataclasses.dataclass
@@ -1106,17 +1197,22 @@ def choose_layers(args, transformer):
     return chosen
 
 
-def choose_targets(args, parts, accelerator):
+def choose_targets(args, parts, accelerator, checkpoint):
     """Layers that get an adapter, by model. All flags about adapters are checked here, before text is encoded."""
-    read_quantization(args)
-    transformer = sketch_part(args, parts, "transformer")
-    targets = {"transformer": choose_layers(args, transformer)}
-    if args.init_lora:
-        make_trainable(args, transformer, targets["transformer"])
-        read_adapters(args, args.init_lora, "transformer", transformer)
+    quantized = read_quantization(args)
+    if args.blocks_to_swap:
+        whole = not quantized and accelerator.distributed_type.value != "FSDP"
+        if not (whole and args.gradient_checkpointing and accelerator.device.type == "cuda"):
+            refuse("--blocks_to_swap needs an NVIDIA GPU, --gradient_checkpointing, no quantised base and no FSDP2")
+    targets = {"transformer": choose_layers(args, sketch_part(args, parts, "transformer"))}
     if args.train_text_encoder:
         for name in TEXT_ENCODERS[:2]:
             targets[name] = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    for name, layers in targets.items():
+        if args.init_lora and not checkpoint:
+            model = sketch_part(args, parts, name)
+            make_trainable(args, model, layers)
+            read_adapters(args, args.init_lora, name, model)
     return targets
 
 
@@ -1140,7 +1236,8 @@ def read_quantization(args, dtype=None):
 
 
 def make_trainable(args, model, layers):
-    """Gives a frozen model adapters on its layers, in float32."""
+    """Freezes a model and gives it adapters on its layers, in float32."""
+    model.requires_grad_(False)
     config = LoraConfig(
         r=args.rank,
         lora_alpha=args.lora_alpha or args.rank,
@@ -1160,24 +1257,33 @@ def adapter_layers(model):
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def adapter_scale(model):
+def adapter_scale(rank, lora_alpha=None, use_rslora=False, **others):
     """What PEFT multiplies lora_B by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-    config = model.peft_config["default"]
-    if config.use_rslora:
-        return config.lora_alpha / math.sqrt(config.r)
-    return config.lora_alpha / config.r
+    return (lora_alpha or rank) / (math.sqrt(rank) if use_rslora else rank)
 
 
 def read_adapters(args, source, name, model):
     """Weights of a model's adapters from a checkpoint or --init_lora. Refuses those of other layers or ranks."""
-    file = None if Path(source).is_file() else WEIGHTS
+    file = Path(source)
+    if file.is_dir():
+        file /= WEIGHTS
+    scale = 1  # in the result it is multiplied into lora_B, see save_weights
     with or_refuse(f"the adapters in {str(source)!r} cannot be read"):
-        weights = StableDiffusion3Pipeline.lora_state_dict(str(source), weight_name=file)
+        file.stat()  # else diffusers would look for it on the Hub
+        options = {"weight_name": file.name, "return_lora_metadata": True}
+        weights, header = StableDiffusion3Pipeline.lora_state_dict(str(file.parent), **options)
+        if header:
+            scale = adapter_scale(header[f"{name}.r"], header[f"{name}.lora_alpha"], header[f"{name}.use_rslora"])
+        elif file.with_name("scheduler.bin").is_file():  # a checkpoint
+            scale = adapter_scale(**read_manifest(file.parent)["run"])
+    scale /= adapter_scale(**vars(args))
     state = {}
     for key, weight in weights.items():
-        if key.startswith(f"{name}."):
-            key = key.removeprefix(f"{name}.").replace("vector.weight", "vector")  # PEFT's name for DoRA's magnitude
-            state[key] = weight
+        part, _, key = key.replace("vector.weight", "vector").partition(".")  # PEFT's name for DoRA's magnitude
+        if part == name:
+            state[key] = weight * scale if "lora_B" in key else weight
+        elif not args.train_text_encoder:
+            log.warning_once(f"{file}: its adapters of the {part} are not used")
     given = {(key, tuple(weight.shape)) for key, weight in state.items()}
     adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {(key, tuple(weight.shape)) for key, weight in adapters.items()}
@@ -1185,10 +1291,51 @@ def read_adapters(args, source, name, model):
     if differ:
         found = f"{len(differ)} tensors of the {name} differ, such as {differ[0]}"
         refuse(f"{str(source)!r} does not match this run's adapters: {found}")
-    if source == args.init_lora:  # a finished file has the scale in lora_B, see save_weights
-        scale = adapter_scale(model)
-        state = {key: weight / scale if "lora_B" in key else weight for key, weight in state.items()}
     return state
+
+
+class SwappedBlocks:
+    """Keeps frozen weights of blocks in pinned memory. A block that runs gets copies of them on the GPU.
+
+    They come on a stream of their own while the block before is computed, because the host is ahead of the GPU. A
+    block's copies are dropped when the next one has its own, and the gradient's graph keeps them as long as it needs.
+    """
+
+    def __init__(self, blocks, device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.before = torch.cuda.Event()  # what precedes the present block
+        self.present = {}
+        for block in blocks:
+            weights = {}
+            for module in block.modules():
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    if not weight.requires_grad:
+                        weights[module, name] = weight.data.pin_memory()
+                        delattr(module, name)  # so that nothing moves, saves or sends it
+            block.register_forward_pre_hook(functools.partial(self.enter, weights))
+
+    def enter(self, weights, *inputs):
+        computing = torch.cuda.current_stream()
+        self.stream.wait_event(self.before)  # until then the memory that the copies get may be in use
+        with torch.cuda.stream(self.stream):
+            copies = utils.send_to_device(weights, self.device, non_blocking=True)
+        self.before = computing.record_event()
+        computing.wait_stream(self.stream)
+        for module, name in self.present:
+            delattr(module, name)
+        for (module, name), weight in copies.items():
+            setattr(module, name, weight)
+        self.present = copies
+
+
+def cut_positions(args, transformer):
+    """Keeps of the table of positions the middle that the run's sizes use: the whole can take 0.4 GiB."""
+    embed = transformer.pos_embed
+    side = max(args.resolution, *map(max, list_buckets(args))) // 16
+    side += (embed.pos_embed_max_size - side) % 2  # else the middle would move
+    embed.pos_embed = embed.cropped_pos_embed(side * embed.patch_size, side * embed.patch_size)
+    embed.pos_embed_max_size = side
 
 
 def load_trained(args, parts, accelerator, targets, checkpoint):
@@ -1198,15 +1345,21 @@ def load_trained(args, parts, accelerator, targets, checkpoint):
     source = checkpoint or args.init_lora
     trained = {}
     for name, layers in targets.items():
-        options = on_device(accelerator, dtype)
+        options = {}
         if name == "transformer":
             # prepare_model_for_kbit_training would cast norms to float32, which autocast undoes.
             options["quantization_config"] = read_quantization(args, dtype)
-        model = load_part(args, parts, name, **options)
+            if args.blocks_to_swap:
+                options["device_map"] = {"": "cpu"}
+        model = load_to_train(args, parts, accelerator, name, dtype, **options)
         make_trainable(args, model, layers)
         if source:
             set_peft_model_state_dict(model, read_adapters(args, source, name, model))
             training_utils.cast_training_params(model, torch.float32)
+        if name == "transformer":
+            cut_positions(args, model)
+            if args.blocks_to_swap:
+                SwappedBlocks(model.transformer_blocks[: args.blocks_to_swap], accelerator.device)
         trained[name] = model.train()
     return trained
 
@@ -1269,7 +1422,7 @@ def save_weights(args, accelerator, models, folder, parts=None):
         if name == "transformer":
             header = describe_adapters(args, model.config)
         if final:
-            scale = adapter_scale(model)
+            scale = adapter_scale(**vars(args))
             state = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
         if final and name in TEXT_ENCODERS:  # transformers 5 finds their DoRA magnitudes under this name alone
             state = {re.sub("magnitude_vector$", "magnitude_vector.weight", key): v for key, v in state.items()}
@@ -1277,11 +1430,10 @@ def save_weights(args, accelerator, models, folder, parts=None):
     if accelerator.is_main_process:
         write = functools.partial(save_with_header, header)
         StableDiffusion3Pipeline.save_lora_weights(folder, **layers, save_function=write)
-    accelerator.wait_for_everyone()
 
 
 def batch_losses(args, accelerator, models, frozen, prompts, drawn):
-    """Loss of each image, (B,), with what --output_preservation_weight adds to it.
+    """Loss of each image, (B,), and after them what --output_preservation_weight adds, (B,).
 
     That is how far --class_prompt is from what the base model predicts. Its gradient is computed here, before the
     images' loss, so that only one graph at a time is in memory.
@@ -1303,9 +1455,8 @@ def batch_losses(args, accelerator, models, frozen, prompts, drawn):
     for layer in adapters:
         layer.enable_adapters(True)
     preserved, _ = losses(kept, base_prediction)
-    preserved = args.output_preservation_weight * preserved
-    accelerator.backward(preserved.mean())
-    return losses(prompts)[0] + preserved.detach()
+    accelerator.backward(args.output_preservation_weight * preserved.mean())
+    return torch.cat([losses(prompts)[0], preserved.detach()])
 
 
 def clip_gradient(args, accelerator, trained):
@@ -1350,6 +1501,25 @@ def make_optimizer(args, accelerator, models):
     return torch.optim.AdamW(groups, **shared, fused=fused)
 
 
+def make_schedule(args, optimizer, total):
+    """The learning rate's factor at each of `total` updates."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max(total, args.lr_warmup_steps + 1),  # polynomial divides by the difference
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+def check_optimizer(args, accelerator):
+    """Makes the optimizer and its schedule on a layer, because each refuses flags of its own."""
+    with or_refuse("these flags of the optimizer and its schedule do not fit together"):
+        optimizer = make_optimizer(args, accelerator, {"transformer": torch.nn.Linear(1, 1)})
+        make_schedule(args, optimizer, 1)
+
+
 @dataclasses.dataclass
 class Trained:
     """What is trained and always travels together."""
@@ -1372,11 +1542,12 @@ MUST_MATCH = (
     " lora_blocks bnb_quantization_config_path"
 ).split()
 MAY_DIFFER = (  # without a word
-    "local_rank cache_dir dataloader_num_workers max_train_steps num_train_epochs output_dir logging_dir report_to"
+    "local_rank cache_dir dataloader_num_workers output_dir logging_dir report_to"
     " tracker_project_name tracker_run_name checkpointing_steps checkpoints_total_limit resume_from_checkpoint dry_run"
     " push_to_hub hub_model_id hub_private_repo validation_prompt validation_data_dir num_validation_images"
     " validation_epochs validation_num_inference_steps validation_guidance_scale skip_final_inference"
 ).split()
+LENGTH = ("max_train_steps", "num_train_epochs")  # changes the rate, unless that is constant
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")  # of the optimizer's groups: on resume the flags' win
 SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
 
@@ -1411,43 +1582,78 @@ def describe_run(args, accelerator, dataset):
     return facts
 
 
+def list_states(accelerator, trained):
+    """What this process adds to a checkpoint beside the weights, by file: all of it, or its part under FSDP2."""
+    part = f"_{accelerator.process_index}" if is_split(accelerator) else ""
+    states = {f"optimizer{part}.bin": trained.optimizer, f"scheduler{part}.bin": trained.schedule}
+    if accelerator.scaler:
+        states[f"scaler{part}.pt"] = accelerator.scaler
+    return states
+
+
 def save_checkpoint(args, accelerator, trained, state):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
     folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        accelerator.save_state(partial)
+    what = f"saving {folder} ({shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free)"
+    failed = []
+    with attempt(failed, what):
         save_weights(args, accelerator, trained.models, partial)
-        if accelerator.is_main_process:
-            complete_checkpoint(args, trained.average, state, partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # it may have filled the disk
-        raise
+        # Under FSDP2 accelerator.save_state would write the whole model as well.
+        partial.mkdir(exist_ok=True)
+        if accelerator.is_main_process or is_split(accelerator):
+            for file, part in list_states(accelerator, trained).items():
+                torch.save(part.state_dict(), partial / file)
+    failed = utils.gather_object(failed)  # now all processes have written their part
     if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        tidy_checkpoints(args, state.step)
+        with attempt(failed, what):
+            if not failed:
+                complete_checkpoint(args, trained.average, state, partial)
+                remove(folder)
+                partial.rename(folder)
+                tidy_checkpoints(args, state.step)
+                log.info(f"Saved {folder}")
+        remove(partial)  # it may have filled the disk
+        state.failed += failed[:1]
     accelerator.wait_for_everyone()
-    log.info(f"Saved {folder}")
 
 
 def complete_checkpoint(args, average, state, folder):
-    """Adds the averaged weights and the manifest to what accelerate has written, and flushes all of it to the disk."""
-    for path in folder.glob("random_states_*.pkl"):  # nothing depends on them, and reading a pickle can run code
-        path.unlink()
+    """Adds the averaged weights and the manifest to what is written."""
     if average:
         tensors = {str(number): weight.contiguous() for number, weight in enumerate(average.shadow_params)}
         tensors["step"] = torch.tensor(average.optimization_step)
         save_file(tensors, folder / AVERAGE)
+    write_manifest(args, state, folder, ["**/*"])
+
+
+def write_manifest(args, state, folder, patterns):
+    """Writes what a checkpoint or the result consists of, gives it the umask's mode and flushes it to the disk."""
     sizes = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    for pattern in patterns:
+        for path in Path(folder).glob(pattern):
+            if path.is_file():
+                sizes[str(path.relative_to(folder))] = path.stat().st_size
     manifest = {"format": FORMAT, "step": state.step, "seed": args.seed, "run": state.facts, "files": sizes}
-    Path(folder, MANIFEST).write_text(json.dumps(manifest, indent=2))
+    path = Path(folder, MANIFEST)
+    path.write_text(json.dumps(manifest, indent=2))
     for name in (*sizes, MANIFEST):
-        with Path(folder, name).open("rb+") as file:
-            os.fsync(file.fileno())  # else a crash now could leave the name without the contents
+        with contextlib.suppress(OSError):  # a file system without modes
+            Path(folder, name).chmod(path.stat().st_mode)
+        try:
+            with Path(folder, name).open("rb+") as file:
+                os.fsync(file.fileno())  # else a crash now could leave the name without the contents
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning_once(f"{args.output_dir} cannot be flushed to its disk, a crash may cost files: {error}")
+
+
+def remove(folder):
+    """Removes a folder; of one that was moved elsewhere and linked back, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def tidy_checkpoints(args, step):
@@ -1459,7 +1665,7 @@ def tidy_checkpoints(args, step):
             log.warning(f"{path} belongs to an abandoned run; renamed to {aside}")
     kept = [path for number, path in present.items() if number <= step]
     for old in kept[args.checkpoints_total_limit or sys.maxsize :]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
 
 
 def list_checkpoints(output_dir):
@@ -1499,6 +1705,12 @@ def find_checkpoint(args):
         return None, {}
     if wanted != "latest":
         present = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
+    else:
+        with contextlib.suppress(ValueError):  # no result, or not a whole one
+            manifest = read_manifest(args.output_dir)
+            asked = {"max_train_steps": args.max_train_steps, "num_train_epochs": args.num_train_epochs}
+            if asked.items() <= manifest["run"].items():
+                return Path(args.output_dir), manifest
     for folder in present:
         try:
             return folder, read_manifest(folder)
@@ -1510,18 +1722,21 @@ def find_checkpoint(args):
     return None, {}
 
 
-def compare_runs(accelerator, checkpoint, then, now):
+def compare_runs(accelerator, checkpoint, manifest, now):
     """Stops if the checkpoint's model or optimizer settings differ; warns about other changes, which take effect."""
+    then = manifest.get("run", now)
     differ = [name for name in then if name in now and then[name] != now[name]]
     fixed = MUST_MATCH
-    if accelerator.distributed_type.value == "FSDP":
+    if is_split(accelerator):
         fixed = [*MUST_MATCH, "processes"]
     for name in fixed:
         if name in differ:
             refuse(f"{checkpoint} was trained with {name} {then[name]!r}, not {now[name]!r}: give the same")
-    silent = MAY_DIFFER
+    silent = [*MAY_DIFFER]
     if math.prod(then[name] for name in SHARES) == math.prod(now[name] for name in SHARES):
-        silent = [*MAY_DIFFER, *SHARES]  # an update has the same images, however they are shared out
+        silent += SHARES  # an update has the same images, however they are shared out
+    if now["lr_scheduler"].startswith("constant"):
+        silent += LENGTH
     changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in differ if name not in silent]
     if changed:
         log.warning(f"resuming {checkpoint} with changed flags: {', '.join(changed)}")
@@ -1529,18 +1744,22 @@ def compare_runs(accelerator, checkpoint, then, now):
 
 def resume(accelerator, checkpoint, trained, state):
     """Loads what goes with a checkpoint's weights: optimizer, schedule, scaler, average. The flags' settings win."""
+    if not checkpoint or state.finished:
+        return
     settings = []
     for group in trained.optimizer.param_groups:
         settings.append({name: group[name] for name in SETTINGS})
     with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
-        accelerator.load_state(checkpoint)
+        for file, part in list_states(accelerator, trained).items():
+            saved = torch.load(Path(checkpoint, file), map_location=accelerator.device, weights_only=True)
+            part.load_state_dict(saved)
         if trained.average:
             weights = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
             trained.average.optimization_step = weights.pop("step").item()
             trained.average.shadow_params = [weights[str(number)] for number in range(len(weights))]
     schedule = trained.schedule.scheduler  # torch's LambdaLR, inside accelerate's wrapper
     schedule.base_lrs = [own["initial_lr"] for own in settings]
-    groups = trained.optimizer.param_groups  # load_state has made new ones
+    groups = trained.optimizer.param_groups  # loading has made new ones
     for group, own, factor in zip(groups, settings, schedule.lr_lambdas, strict=True):
         group.update(own)
         group["lr"] = own["initial_lr"] * factor(schedule.last_epoch)
@@ -1570,11 +1789,29 @@ def evaluation(trained):
 
 
 @contextlib.contextmanager
-def attempt(failed, what):
+def rescue(args, accelerator, trained, state):
+    """Saves a checkpoint if an error ends the training of one process; of several, others may be waiting elsewhere.
+
+    An update that the error has cut short may be in it in part. An older result does not count as one from here on.
+    """
+    if not state.finished:
+        Path(args.output_dir, MANIFEST).unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:
+        lost = not state.finished and state.step not in {0, *list_checkpoints(args.output_dir)}
+        finite = all(parameter.isfinite().all() for parameter in trained.parameters)
+        if lost and finite and accelerator.num_processes == 1:
+            save_checkpoint(args, accelerator, trained, state)
+        raise
+
+
+@contextlib.contextmanager
+def attempt(failed, what, kind=Exception):
     """Logs an exception and records `what` in `failed` instead of raising. No collective may be called inside."""
     try:
         yield
-    except Exception as error:  # drawing, a tracker and the Hub can raise anything
+    except kind as error:  # drawing, a tracker and the Hub can raise anything
         failed.append(what)
         reason = " ".join(str(error).split())
         log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
@@ -1583,9 +1820,8 @@ def attempt(failed, what):
 def draw_images(args, transformer, frozen, prompt, seeds, **options):
     """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
-    The VAE decodes in float32. Errors: ValueError for latents that are not finite.
+    Errors: ValueError for latents that are not finite.
     """
-    vae = frozen.vae
     count = len(seeds)
     embeds, pooled = frozen.embed([prompt] * count)
     empty_embeds, empty_pooled = frozen.embed([""] * count)
@@ -1606,8 +1842,19 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
     ).images
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
+    return decode_latents(args, transformer, frozen.vae, latents)
+
+
+DECODING = 5000  # bytes a pixel that the VAE has taken on an H100
+
+
+def decode_latents(args, transformer, vae, latents):
+    """PIL images of latents (B, C, h, w), in float32. If memory is short, the transformer waits on the CPU."""
+    device = latents.device
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
-    with torch.autocast(latents.device.type, enabled=False):
+    short = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=short and transformer.device == device)
+    with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")
 
@@ -1623,7 +1870,7 @@ def add_class_images(args, parts, accelerator, dataset):
         draw_class_images(args, parts, accelerator, free[:lacking])
         training_utils.free_memory()
     images = list_images(args.class_data_dir)[: args.num_class_images]
-    dataset.add_images("class", "--class_data_dir", images, [args.class_prompt] * len(images))
+    dataset.add_images("class", "--class_data_dir", images, [(args.class_prompt,)] * len(images))
 
 
 def draw_class_images(args, parts, accelerator, numbers):
@@ -1631,7 +1878,7 @@ def draw_class_images(args, parts, accelerator, numbers):
     dtype = DTYPES.get(args.prior_generation_precision, frozen_dtype(accelerator))
     embed = PromptTable(args, parts, accelerator, dtype)
     embed.fill(parts, [args.class_prompt, ""])
-    transformer = load_part(args, parts, "transformer", **on_device(accelerator, dtype))
+    transformer = load_frozen(args, parts, accelerator, "transformer", dtype)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     frozen = Frozen(embed, vae, load_scheduler(args, parts, accelerator))
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
@@ -1644,7 +1891,8 @@ def draw_class_images(args, parts, accelerator, numbers):
             images = draw_images(args, transformer, frozen, args.class_prompt, seeds)
         for number, image in zip(batch, images, strict=True):
             digest = hashlib.sha256(image.tobytes()).hexdigest()
-            save_image(image, Path(args.class_data_dir, f"{number}-{digest[:16]}.png"))
+            with or_refuse(f"--class_data_dir {args.class_data_dir!r} cannot be written"):
+                save_image(image, Path(args.class_data_dir, f"{number}-{digest[:16]}.png"))
     accelerator.wait_for_everyone()
 
 
@@ -1690,14 +1938,15 @@ def log_held_out(accelerator, losses, state):
     means = np.mean(losses, axis=0)
     figures = {f"validation_loss_{len(means) - number}": mean for number, mean in enumerate(means)}
     figures["validation_loss"] = state.validation_loss = means.mean()
-    accelerator.log(figures, step=state.step)
+    log_figures(accelerator, state, figures)
 
 
 def validate(args, accelerator, trained, frozen, state):
     """Logs the held-out loss and draws the validation images, as far as flags ask. Returns the images' paths.
 
-    Each process tries its share by itself, and then all agree: one that fails alone leaves nobody waiting (except
-    under FSDP2, where a forward pass needs all). What fails is logged; at the end it is a failure of the run.
+    Each process tries its share by itself, and then all agree: one that fails alone leaves nobody waiting. What fails
+    is logged; at the end it is a failure of the run. Under FSDP2 a forward pass needs all processes: one that cannot
+    do its part, because memory runs out, ends, and the launcher then ends the others.
     """
     transformer = accelerator.unwrap_model(trained.models["transformer"], keep_torch_compile=False)
     what = "drawing the final images" if state.finished else f"validation at update {state.step}"
@@ -1705,18 +1954,19 @@ def validate(args, accelerator, trained, frozen, state):
     wanted = args.num_validation_images * len(args.validation_prompt or ())
     if state.finished and args.skip_final_inference:
         wanted = 0
+    kind = ValueError if is_split(accelerator) else Exception  # draw_images raises it after the passes
     failed = []
     losses = {}
     images = {}
-    with accelerator.autocast(), on_loan(frozen.vae, accelerator.device):
+    with accelerator.autocast():
         for index in share(accelerator, held_out):
-            with attempt(failed, what):
+            with attempt(failed, what, kind):
                 losses[index] = measure_held_out(args, transformer, frozen, index)
         for number in share(accelerator, wanted):
-            with attempt(failed, what):
-                images[number] = draw_validation_image(args, transformer, frozen, number)
             if read_signal(accelerator, state.caught):
                 break
+            with attempt(failed, what, kind):
+                images[number] = draw_validation_image(args, transformer, frozen, number)
     training_utils.free_memory()
     losses = gather_dict(losses)
     images = gather_dict(images)
@@ -1799,9 +2049,10 @@ def describe_flags(args):
 def describe_cost(state):
     """What the updates took since the run was started or resumed, and the last held-out loss."""
     updates = len(state.seconds)
+    if not updates:
+        return "no update was left to make"
     seconds = sum(state.seconds)
-    each = seconds / max(updates, 1)
-    cost = f"{updates} updates in {seconds:.0f} s ({each:.2f} s each), at most {state.memory_gb:.1f} GB"
+    cost = f"{updates} updates in {seconds:.0f} s ({seconds / updates:.2f} s each), at most {state.memory_gb:.1f} GB"
     return f"{cost}; held-out loss {state.validation_loss:.4f}" if state.validation_loss else cost
 
 
@@ -1868,7 +2119,8 @@ def write_card(args, parts, repository, state, image_paths):
         widget=[
             {"text": args.validation_prompt[number // args.num_validation_images], "output": {"url": path.name}}
             for number, path in enumerate(image_paths)
-        ],
+        ]
+        or None,
     )
     gallery = "<Gallery />" if image_paths else ""
     text = describe_result(args, parts, repository, state)
@@ -1897,7 +2149,7 @@ def open_repository(args, accelerator):
 def publish(args, parts, repository, state, image_paths):
     """Writes the model card and uploads the result, on the main process. Either may fail by itself."""
     with attempt(state.failed, "writing the model card"):
-        write_card(args, parts, repository or args.output_dir, state, image_paths)
+        write_card(args, parts, repository or public_name(args.output_dir), state, image_paths)
     if not repository:
         return
     with attempt(state.failed, "the upload"):
@@ -1920,9 +2172,26 @@ def make_folder(flag, folder):
         tempfile.TemporaryFile(dir=folder).close()
 
 
+OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-9]/*")  # beside the result
+
+
+def check_output(args):
+    """Refuses logs that leave output_dir or get into what is written there, and what is in the way of that."""
+    logs = os.path.normpath(Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name))
+    for pattern in (*RESULT["files"], *OUTPUT):
+        name, folder, _ = pattern.partition("/")
+        if logs.startswith(("..", os.sep)) or fnmatch.fnmatch(Path(logs).parts[0], name):
+            names = "--logging_dir, --tracker_run_name, --tracker_project_name"
+            refuse(f"{names}: {logs!r} leads out of --output_dir or into the result: give other names")
+        for path in Path(args.output_dir).glob(name):
+            if path.is_dir() != bool(folder) or not os.access(path, os.W_OK):
+                refuse(f"{path} is in the way of what the run writes: take it away or give another --output_dir")
+
+
 def start_accelerator(args):
     """The accelerator, its trackers not yet started, after creating the folders that the run writes to."""
     make_folder("--output_dir", args.output_dir)
+    check_output(args)
     if args.with_prior_preservation:
         make_folder("--class_data_dir", args.class_data_dir)
     logging.basicConfig(format="%(levelname)s: %(message)s")
@@ -1944,6 +2213,8 @@ def start_accelerator(args):
             dataloader_config=utils.DataLoaderConfiguration(even_batches=False, non_blocking=True),
             step_scheduler_with_optimizer=False,  # else it would step once per process
             kwargs_handlers=[
+                # Else the half-precision copy of every float32 weight would stay until the forward pass ends.
+                utils.AutocastKwargs(cache_enabled=False),
                 utils.InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while one process encodes
                 # The only buffer, a 226 MB table of positions, never changes. Views avoid a copy of the gradients.
                 utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
@@ -1951,15 +2222,25 @@ def start_accelerator(args):
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         refuse("--mixed_precision fp16 needs a GPU: on a CPU take bf16 or no")
-    if accelerator.distributed_type.value == "FSDP":
+    if is_split(accelerator):
         check_fsdp(args, accelerator.state.fsdp_plugin)
     return accelerator
 
 
+WITHOUT_FSDP = (  # it splits one model, in float32, after it is loaded
+    "use_ema train_text_encoder use_8bit_adam bnb_quantization_config_path full_bf16 fused_backward_pass"
+).split()
+
+
 def check_fsdp(args, plugin):
-    """Refuses what FSDP2 cannot do, and has it leave the timesteps in float32."""
-    if args.use_ema or args.train_text_encoder:
-        refuse("--use_ema, --train_text_encoder: FSDP2 trains one model, in parts: leave them out, or use DDP")
+    """Refuses what FSDP2 cannot do, and has it leave the timesteps in float32 and the frozen encoders whole."""
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        refuse("FSDP is supported in its second version alone: set fsdp_version to 2, with accelerate 1.6 or later")
+    for name in WITHOUT_FSDP:
+        if vars(args).get(name):
+            refuse(f"--{name} does not work under FSDP2: leave it out, or choose DDP in `accelerate config`")
+    utils.disable_fsdp_ram_efficient_loading()  # transformers would read the encoders on one process alone
+    plugin.cpu_ram_efficient_loading = False
     policy = plugin.mixed_precision_policy
     if policy:  # bfloat16 can tell only 353 of the 1000 timesteps apart
         plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False)
@@ -1975,6 +2256,8 @@ def claim_folder(args, accelerator, cleanup):
         lock.acquire(timeout=0)
     except Timeout:
         refuse(f"--output_dir {args.output_dir!r} is in use by another run: give another folder")
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        log.warning(f"{folder} cannot be locked, so see to it that no other run writes to it ({error})")
     cleanup.callback(lock.release)
     for left in (folder / ENCODED, *folder.glob(".checkpoint-*.partial")):
         shutil.rmtree(left, ignore_errors=True)
@@ -1989,11 +2272,11 @@ def start_trackers(args, accelerator, facts):
         accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def catch_signals(cleanup):
-    """A list that SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) put their number into; a second ends the process."""
+    """A list that signals put their number into, unless they are ignored (nohup); a second one ends the process."""
     caught = []
 
     def catch(number, frame):
@@ -2001,12 +2284,14 @@ def catch_signals(cleanup):
             os._exit(128 + number)
         caught.append(number)
         name = signal.Signals(number).name
-        print(f"\n{name}: the run saves a checkpoint and ends; a second signal ends it at once", file=sys.stderr)
+        print(f"\n{name}: the run saves what it has trained and ends; a second ends it at once", file=sys.stderr)
 
     with contextlib.suppress(ValueError):  # outside the main thread Python cannot catch signals
         for number in SIGNALS:
-            before = signal.signal(number, catch)
-            cleanup.callback(signal.signal, number, before)
+            before = signal.getsignal(number)
+            if before != signal.SIG_IGN:
+                signal.signal(number, catch)
+                cleanup.callback(signal.signal, number, before)
     return caught
 
 
@@ -2021,16 +2306,20 @@ def ignore_signals(worker):
 
 def read_signal(accelerator, caught):
     """The signal that any process has caught, or 0. A collective: to be called on all of them alike."""
-    number = torch.tensor([max(caught, default=0)], device=accelerator.device)
-    return int(accelerator.gather(number).max())
+    number = max(caught, default=0)
+    if accelerator.num_processes == 1:  # else the host would wait for the device
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def list_prompts(args, dataset, held_out):
-    """All prompts that a run can need, each once; the empty one is for dropped captions and for drawing."""
-    prompts = {"", *(args.validation_prompt or ()), args.class_prompt} - {None}
+    """All prompts that a run needs, each once; the empty one where captions are dropped or images are drawn."""
+    prompts = {*(args.validation_prompt or ()), args.class_prompt} - {None}
     for images in filter(None, (dataset, held_out)):
-        for kind in images.prompts.values():
-            prompts.update(kind)
+        for choices in images.prompts.values():
+            prompts.update(*choices)
+    if args.caption_dropout or args.validation_prompt:
+        prompts.add("")
     return sorted(prompts)
 
 
@@ -2042,7 +2331,8 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     embed.fill(parts, prompts)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     vae.enable_slicing()  # image by image: 2.5 GiB at 1024 px, whatever the batch
-    if args.cache_latents:
+    args.cache_latents |= bool(dataset) and dataset.has_fixed_crops()  # the same latents, for less
+    if args.cache_latents and dataset:
         cache_moments(dataset, vae, accelerator, "latents")
     if held_out:
         cache_moments(held_out, vae, accelerator, "held out")
@@ -2053,22 +2343,22 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
 
 
 def make_loader(args, accelerator, dataset):
-    """Batches on the device, this process's share; the sampler that orders them; updates per epoch and in all."""
-    sampler = EpochSampler(args, dataset, accelerator.num_processes)
+    """This process's batches, on the device; the list of all, to be filled each epoch; updates an epoch and in all."""
+    batches = Batches(order_epoch(args, dataset, accelerator.num_processes, 0))
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
         worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
-    updates = len(sampler) * args.train_batch_size // sampler.update
+    updates = len(batches) // (accelerator.num_processes * args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * updates
     if args.lr_warmup_steps > total and args.lr_scheduler != "constant":
         log.warning(f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends in the warm-up, after {total} updates")
-    return accelerator.prepare(loader), sampler, updates, total
+    return accelerator.prepare(loader), batches, updates, total
 
 
 def checkpoint_activations(model):
@@ -2080,24 +2370,27 @@ def checkpoint_activations(model):
             return
 
 
+def hand_out(accelerator, model, weights):
+    """Gives each process its part of the weights, which the main process alone has read. A collective."""
+    for part, weight in zip(model.state_dict().values(), weights.values(), strict=True):
+        weight = weight.to(accelerator.device)
+        torch.distributed.broadcast(weight, 0)
+        if isinstance(part, DTensor):  # else a buffer, which each process has as a whole
+            weight = distribute_tensor(weight, part.device_mesh, part.placements)
+        part.copy_(weight)
+
+
 def prepare_models(args, accelerator, models, total):
     """The models as accelerate runs them, their trained parameters, the optimizer, its schedule and the average."""
     if args.gradient_checkpointing:
         for model in models.values():
             checkpoint_activations(model)
     optimizer = make_optimizer(args, accelerator, models)
-    schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=total,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    schedule = make_schedule(args, optimizer, total)
+    weights = models["transformer"].state_dict()
     *wrapped, optimizer, schedule = accelerator.prepare(*models.values(), optimizer, schedule)
-    # Leave the weights to save_weights and load_trained, which use the format that users load.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    if is_split(accelerator):
+        hand_out(accelerator, wrapped[0], weights)
     if accelerator.num_processes > 1:  # from here on no step takes long: notice a hanging process sooner
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=20))
     parameters = sum(map(trained_parameters, wrapped), [])
@@ -2112,16 +2405,16 @@ def read_update(args, accelerator, seen, norm):
     """Figures of an update: gradient norm and loss, the mean over its batches, (B,) each in `seen`, and processes."""
     losses = torch.stack(seen).mean(dim=0)
     seen.clear()
-    kinds = losses.chunk(2) if args.with_prior_preservation else [losses]
+    weights = loss_weights(args)
+    kinds = losses.chunk(len(weights))
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # FSDP2: each process has a part of it
     row = [*(kind.mean() for kind in kinds), torch.as_tensor(norm).to(losses)]
     rows = accelerator.gather(torch.stack(row)[None])
     *losses, norm = rows.mean(dim=0).tolist()  # here the host waits for the device, once an update
-    figures = {"loss": losses[0], "grad_norm": norm}
-    if args.with_prior_preservation:
-        figures |= {"instance_loss": losses[0], "prior_loss": losses[1]}
-        figures["loss"] += args.prior_loss_weight * losses[1]
+    figures = {"loss": float(np.dot(losses, list(weights.values()))), "grad_norm": norm}
+    if losses[1:]:
+        figures |= zip(weights, losses, strict=True)
     return figures
 
 
@@ -2163,6 +2456,15 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def log_figures(accelerator, state, figures):
+    """Sends figures to the trackers. One that fails is dropped: logs are not worth the weights."""
+    for tracker in [*accelerator.trackers]:
+        with attempt(state.failed, f"logging to {tracker.name}"):
+            tracker.log(figures, step=state.step)
+            continue
+        accelerator.trackers.remove(tracker)
+
+
 def log_update(accelerator, optimizer, figures, state):
     """One log point of an update, and the bar's figures."""
     for group in optimizer.param_groups:
@@ -2173,10 +2475,27 @@ def log_update(accelerator, optimizer, figures, state):
     state.memory_gb = peak_memory_gb(accelerator.device)
     state.losses.append(figures["loss"])
     average = float(np.ma.masked_invalid(state.losses[-100:]).mean())
-    figures["loss_average"] = average
-    accelerator.log(figures | {"seconds_per_update": seconds, "memory_gb": state.memory_gb}, step=state.step)
+    figures |= {"loss_average": average, "seconds_per_update": seconds, "memory_gb": state.memory_gb}
+    log_figures(accelerator, state, figures)
+    shown = {"loss": figures["loss"], "average": average, "lr": figures["lr"], "seconds": seconds}
+    state.bar.set_postfix(shown, gb=state.memory_gb, refresh=False)
     state.bar.update()
-    state.bar.set_postfix(loss=figures["loss"], average=average, lr=figures["lr"], seconds=seconds, gb=state.memory_gb)
+
+
+def save_result(args, accelerator, trained, state, parts):
+    """Writes the final weights, then a manifest. Where it cannot, it tries every minute until a signal comes."""
+    while not state.finished:
+        failed = []
+        with attempt(failed, f"writing the result to {args.output_dir} (tried every minute until a signal)"):
+            save_weights(args, accelerator, trained.models, args.output_dir, parts)
+            if accelerator.is_main_process:
+                write_manifest(args, state, args.output_dir, RESULT["files"])
+        state.finished = not utils.gather_object(failed)
+        if not state.finished:
+            time.sleep(60)
+            stop = read_signal(accelerator, state.caught)
+            if stop:
+                sys.exit(128 + stop)
 
 
 def end_training(accelerator, state):
@@ -2184,7 +2503,8 @@ def end_training(accelerator, state):
     state.bar.close()  # else it would be drawn once more below the last line
     # Drop DDP's reference to the process group, or its destructor deadlocks with gloo's threads over the GIL at exit.
     accelerator.state.group = torch.distributed.group.WORLD
-    accelerator.end_training()
+    with attempt(state.failed, "ending the trackers"):
+        accelerator.end_training()
 
 
 def report_end(args, accelerator, state, stop):
@@ -2192,19 +2512,36 @@ def report_end(args, accelerator, state, stop):
     reasons = []
     if state.failed:
         reasons.append(f"{', '.join(state.failed)} failed")
-    if state.step < state.total:
-        reasons.append(f"{state.step} of {state.total} updates were made")
     if len(state.skipped) * 10 > state.total:
         reasons.append(f"{len(state.skipped)} of {state.total} updates were skipped, not being finite: lower the rate")
     if stop:
         name = signal.Signals(stop).name
-        reasons = [f"{name} came at update {state.step}: --resume_from_checkpoint latest goes on"]
+        way = "makes what is missing" if state.finished else "goes on"
+        reasons.append(f"{name} came at update {state.step}: --resume_from_checkpoint latest {way}")
+    elif state.step < state.total:
+        reasons.append(f"{state.step} of {state.total} updates were made")
     if reasons:
         if accelerator.is_main_process:
             print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
         sys.exit(128 + stop if stop else 1)
     log.info(f"The result is in {args.output_dir}")
     log.info(describe_cost(state))
+
+
+MEMORY_FLAGS = (  # the most effective first
+    "gradient_checkpointing cache_latents offload full_bf16 use_8bit_adam fused_backward_pass blocks_to_swap"
+    " bnb_quantization_config_path"
+).split()
+
+
+@contextlib.contextmanager
+def name_memory_flags(args):
+    """Ends a run for which the GPU has too little memory with the flags that lower its need."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        unused = [f"--{flag}" for flag in MEMORY_FLAGS if not vars(args).get(flag, True)]
+        sys.exit(f"out of GPU memory: add {', '.join(unused)}, or lower --train_batch_size ({error})")
 
 
 def choose_seed(args, manifest):
@@ -2229,7 +2566,7 @@ def draw_sheet(args, dataset):
 def report_dry_run(args, parts, accelerator, targets, dataset):
     """Says what the run would do, before any weights are loaded, and draws its images as the model gets them."""
     table = PromptTable(args, parts, accelerator, frozen_dtype(accelerator))
-    table.report_cut(sorted(set(dataset.prompts["instance"])))
+    table.report_cut(list_prompts(args, dataset, None))
     if args.with_prior_preservation:
         dataset.images["class"] = [None] * args.num_class_images  # missing ones are not drawn
     _, _, updates, total = make_loader(args, accelerator, dataset)
@@ -2243,49 +2580,51 @@ def report_dry_run(args, parts, accelerator, targets, dataset):
         count += sum(parameter.numel() for parameter in trained_parameters(model))
     print(f"updates: {total}, which is {total / updates:.1f} epochs of {updates}")
     print(f"trained: {count:,} parameters of {', '.join(targets)}")
-    print(f"drawn:   {Path(args.output_dir, 'dry_run.png')}, cropped as in the first epoch")
+    print("drawn:   dry_run.png in --output_dir, cropped as in the first epoch")
 
 
 def main(args):
     """Runs training from start to result."""
     accelerator = start_accelerator(args)
-    with contextlib.ExitStack() as cleanup:
+    with contextlib.ExitStack() as cleanup, name_memory_flags(args):
         # The run's own folder, the base model, the layers to train, and the checkpoint to resume, if any.
         claim_folder(args, accelerator, cleanup)
+        check_optimizer(args, accelerator)
         parts = read_pipeline(args)
-        targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
+        finished = checkpoint == Path(args.output_dir)  # then only images, card and upload are made
+        targets = choose_targets(args, parts, accelerator, checkpoint)
         choose_seed(args, manifest)
 
         # The data. Everything is checked before anything is created, drawn or loaded. A dry run ends here.
         dataset = read_instances(args)
         held_out = read_held_out(args)
         facts = describe_run(args, accelerator, dataset)
-        compare_runs(accelerator, checkpoint, manifest.get("run", facts), facts)
+        compare_runs(accelerator, checkpoint, manifest, facts)
         if args.dry_run:
             report_dry_run(args, parts, accelerator, targets, dataset)
             return
         repository = open_repository(args, accelerator)
         start_trackers(args, accelerator, facts)
-        if args.with_prior_preservation:
+        if args.with_prior_preservation and not finished:
             add_class_images(args, parts, accelerator, dataset)
-        loader, sampler, updates, total = make_loader(args, accelerator, dataset)
+        loader, batches, updates, total = make_loader(args, accelerator, dataset)
 
         # Frozen models encode what training does not change, and are freed one by one. Then what is trained is loaded.
-        frozen = encode_once(args, parts, accelerator, targets, dataset, held_out)
+        frozen = encode_once(args, parts, accelerator, targets, None if finished else dataset, held_out)
         models = load_trained(args, parts, accelerator, targets, checkpoint)
         trained = prepare_models(args, accelerator, models, total)
         frozen.embed.trained = trained.models  # text encoders that are trained are called, not looked up
-        state = Progress(facts, catch_signals(cleanup), manifest.get("step", 0), total)
-        if checkpoint:
-            resume(accelerator, checkpoint, trained, state)
+        state = Progress(facts, catch_signals(cleanup), manifest.get("step", 0), total, finished=finished)
+        cleanup.enter_context(rescue(args, accelerator, trained, state))
+        resume(accelerator, checkpoint, trained, state)
 
         state.bar = tqdm(total=total, initial=state.step, desc="Training", disable=not accelerator.is_main_process)
         first_epoch = max(state.step - 1, 0) // updates  # step - 1: its epoch's validation may be due
         seen = []
-        for epoch in range(first_epoch, math.ceil(total / updates)):
-            sampler.epoch = epoch
-            sampler.start = max(state.step - epoch * updates, 0) * args.gradient_accumulation_steps
+        for epoch in range(first_epoch, 0 if finished else math.ceil(total / updates)):
+            done = max(state.step - epoch * updates, 0)
+            batches[:] = order_epoch(args, dataset, accelerator.num_processes, epoch, done)
             state.clock = time.perf_counter()
             for batch in loader:
                 if state.step >= total:
@@ -2318,16 +2657,19 @@ def main(args):
                     validate(args, accelerator, trained, frozen, state)
 
         # The weights are saved first: whatever fails after this cannot lose them.
-        state.finished = True
         with evaluation(trained):
-            save_weights(args, accelerator, trained.models, args.output_dir, parts)
+            save_result(args, accelerator, trained, state, parts)
             paths = validate(args, accelerator, trained, frozen, state)
         stop = read_signal(accelerator, state.caught)
         end_training(accelerator, state)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not stop:
             publish(args, parts, repository, state, paths)
         report_end(args, accelerator, state, stop)
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    try:
+        main(ARGS)
+    except KeyboardInterrupt:
+        print("\nSIGINT: the run ends before its first update", file=sys.stderr)
+        sys.exit(130)

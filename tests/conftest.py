@@ -41,7 +41,7 @@ from ranks import draw_fast
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 # Runs the LoRA script with each list of flags of a JSON list. Prints exit codes but 0, and ==== on stderr after each.
 SEVERAL = f"""
 import json, sys

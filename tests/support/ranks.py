@@ -28,10 +28,13 @@ import torch  # noqa: E402  isort: skip
 MODULES = {"full": full, "lora": lora}
 
 
+MEASURED = {"loss_average", "seconds_per_update", "memory_gb"}  # of this process: no two runs have the same
+
+
 def note_update(args, _):
-    """Step and figures of a call of log_update, whose step is an argument, or in the run's state."""
-    step = args["step"] if "step" in args else args["state"].step
-    return {"step": step, **args["figures"]}
+    """Step and figures of a call of log_update, less what is measured."""
+    figures = {name: value for name, value in args["figures"].items() if name not in MEASURED}
+    return {"step": args["state"].step, **figures}
 
 
 def whole(tensor):

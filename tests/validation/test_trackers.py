@@ -147,7 +147,7 @@ def test_names_of_the_scalars(case, script, kind, run, monkeypatch, pictures):
     assert seen == {1: NAMES[case] | extra, 2: NAMES[case] | extra}
 
 
-def test_trackio(lora, run, monkeypatch, few_steps):
+def test_trackio(lora, run, monkeypatch):
     """Whose package is not installed here: what accelerate hands to it."""
     trackers = []
 
@@ -156,24 +156,16 @@ def test_trackio(lora, run, monkeypatch, few_steps):
             super().__init__(*words, **options)
             trackers.append(self)
 
-    picture = SimpleNamespace(Image=lambda image, **options: image, __spec__="here")
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Kept)
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TRACKIO])
-    monkeypatch.setitem(sys.modules, "trackio", picture)
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(__spec__="here"))
     real = importlib.util.find_spec  # accelerate asks it for devices' packages too, once in a process
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: name if name == "trackio" else real(name, *_))
-    run(lora, report_to="trackio", tracker_project_name="dogs", tracker_run_name="first", **FLAGS)
+    run(lora, report_to="trackio", tracker_project_name="dogs", max_train_steps=3)
     (tracker,) = trackers
     assert tracker.opened == ("dogs", {})
     assert "hub_token" not in tracker.config
-    assert [(step, set(row)) for step, row in tracker.rows] == [
-        (1, PLAIN | COST),
-        (2, PLAIN | COST),
-        (2, {"validation"}),
-        (3, PLAIN | COST),
-        (3, {"test"}),
-    ]
-    assert [image.size for image in tracker.rows[-1][1]["test"]] == [(32, 32)] * 2
+    assert [(step, set(row)) for step, row in tracker.rows] == [(step, PLAIN | COST) for step in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(
