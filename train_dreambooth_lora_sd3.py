@@ -92,7 +92,7 @@ def or_refuse(what):
     except Exception as error:
         if "SHOW_TRACEBACKS" in os.environ:
             raise
-        refuse(f"{what} ({type(error).__name__}: {error})")
+        refuse(f"{what} ({type(error).__name__}: {error.__cause__ or ''} {error})")
 
 
 def utf8(text):
@@ -287,7 +287,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser():
     parser = Parser(
-        description=(__doc__ or METHOD).splitlines()[0],  # `python -OO` takes the docstring away
+        description=__doc__.splitlines()[0],
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ...",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -306,9 +306,7 @@ def check_data_flags(args):
     output = Path(args.output_dir).resolve()
     drawn = Path(args.class_data_dir or os.devnull).resolve()
     if drawn == output:
-        refuse(
-            f"--class_data_dir is --output_dir {args.output_dir!r}: the next run would train on what this one draws"
-        )
+        refuse(f"--class_data_dir is --output_dir {args.output_dir!r}: give class images a folder of their own")
     for name in ("instance_data_dir", "dataset_name", "validation_data_dir"):
         folder = getattr(args, name)
         if not folder:
@@ -317,11 +315,12 @@ def check_data_flags(args):
         if path == output:
             refuse(f"--{name} is --output_dir {args.output_dir!r}: the next run would train on what this one draws")
         if path.is_relative_to(drawn) or drawn.is_relative_to(path):
-            refuse(
-                f"--class_data_dir {args.class_data_dir!r} overlaps --{name}: give class images a folder of their own"
-            )
+            refuse(f"--class_data_dir overlaps --{name} {folder!r}: give class images a folder of their own")
         if name != "dataset_name" and not os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises on a long name
             refuse(f"--{name} {folder!r} is not a folder: give the folder with the images")
+    if args.resolution % 16:
+        near = round(args.resolution / 16) * 16
+        refuse(f"--resolution {args.resolution} is not a multiple of 16 (VAE 8, patch 2): {near} is the nearest")
 
 
 def check_class_flags(args):
@@ -359,6 +358,8 @@ def check_packages(args):
 
 def parse_args(argv=None):
     """The flags of a run. Wrong or contradictory ones exit with code 2 and one line."""
+    if not __doc__:
+        refuse("transformers needs the docstrings that `python -OO` leaves out: take -O or neither")
     args = build_parser().parse_args(argv)
     if not args.output_dir:
         refuse("--output_dir is empty: give the folder to write to")
@@ -536,7 +537,9 @@ class DreamBoothDataset:
         sizes = dict(Counter(self.sizes))
         log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {sizes}")
         if args.alpha_mask and {(0, 0), (255, 255)}.issuperset(alphas):
-            log.warning(f"{flag}: --alpha_mask: each image is fully opaque, or transparent and teaches nothing")
+            log.warning(
+                f"{flag}: --alpha_mask: no image is transparent in part; one that is as a whole teaches nothing"
+            )
 
     def add_images(self, kind, flag, images, prompts):
         """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and ranges of alpha.
@@ -703,10 +706,7 @@ def read_dataset(args, flag, name, image_column, caption_column):
 
     `name` is a Hub id, a folder of save_to_disk, or a folder of images with a metadata file.
     """
-    remedy = (
-        "a folder's name must be without brackets, each file_name in its metadata that of a file in it;"
-        " other files of images than parquet have to be unpacked; --cache_dir moves what is written"
-    )
+    remedy = "give a Hub id or a folder without brackets in its name; datasets writes to --cache_dir"
     with or_refuse(f"{flag} {name!r} cannot be read: {remedy}"):
         import datasets
 

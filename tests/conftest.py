@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -65,6 +66,11 @@ def pytest_collection_modifyitems(items):
     """Files with many slow tests come first, so that at the end no process waits for another that got one late."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def in_turn(rows):
+    """Rows of a table, each for one of the scripts in turn: what they share is the same text in both."""
+    return [pytest.param(kind, *row) for kind, row in zip(itertools.cycle(SCRIPTS), rows, strict=False)]
 
 
 def load_script(kind):
