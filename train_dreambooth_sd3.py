@@ -2331,8 +2331,8 @@ def log_update(accelerator, optimizer, figures, state):
     state.memory_gb = peak_memory_gb(accelerator.device)
     state.losses.append(figures["loss"])
     average = float(np.ma.masked_invalid(state.losses[-100:]).mean())
-    figures |= {"loss_average": average, "seconds_per_update": seconds, "memory_gb": state.memory_gb}
-    log_figures(accelerator, state, figures)
+    figures["loss_average"] = average
+    log_figures(accelerator, state, figures | {"seconds_per_update": seconds, "memory_gb": state.memory_gb})
     shown = {"loss": figures["loss"], "average": average, "lr": figures["lr"], "seconds": seconds}
     state.bar.set_postfix(shown, gb=state.memory_gb, refresh=False)
     state.bar.update()
