@@ -55,7 +55,10 @@ ROWS = [  # a flag that one script alone has makes no row of the other
     pytest.param(kind, case, id=f"{kind}-{case}")
     for kind, path in SCRIPTS.items()
     for case, flags in CASES.items()
-    if all(f'"--{flag}"' in path.read_text() for flag in flags.keys() & {"fused_backward_pass", "full_bf16", "blocks_to_swap"})
+    if all(
+        f'"--{flag}"' in path.read_text()
+        for flag in flags.keys() & {"fused_backward_pass", "full_bf16", "blocks_to_swap"}
+    )
 ]
 SMALL_STATES = {"full": {}, "lora": {"rank": 256}}  # below 4096 elements bitsandbytes keeps them in float32
 
