@@ -83,6 +83,7 @@ def test_a_gradient_is_held_once_by_several_processes(script, argv):
 
 
 BF16 = {"mixed_precision": "bf16", "max_train_steps": 3}
+BUCKETS = {"resolution": 48, "aspect_ratio_buckets": "48,48;32,48"}  # three patches high, and two
 
 
 def weights_of(folder):
@@ -93,8 +94,8 @@ def weights_of(folder):
     ("flags", "change"),
     [
         pytest.param(BF16, "autocast's copies", id="autocast keeps no copies"),
-        pytest.param({"resolution": 48}, "cut_positions", id="positions are cut"),
-        pytest.param({"resolution": 64, "square": True}, "has_fixed_crops", id="latents are cached unasked"),
+        pytest.param(BUCKETS | {"size": (96, 64)}, "cut_positions", id="positions are cut"),
+        pytest.param({"resolution": 64, "size": (80, 80)}, "has_fixed_crops", id="latents are cached unasked"),
         pytest.param({"resolution": 48, "center_crop": True}, "has_fixed_crops", id="and of the middle"),
     ],
 )
@@ -102,8 +103,7 @@ def test_what_saves_memory_changes_no_bit(script, kind, run, pictures, monkeypat
     if change == "cut_positions" and kind == "full":
         pytest.skip("full training saves the whole table")
     flags = dict(flags)
-    if flags.pop("square", False):
-        flags["instance_data_dir"] = pictures(2, size=(80, 80))
+    flags["instance_data_dir"] = pictures(2, size=flags.pop("size", (80, 64)))
     found = run(script, **flags, output_dir=tmp_path / "found")
     if change == "autocast's copies":
         monkeypatch.setattr(utils, "AutocastKwargs", lambda cache_enabled: AutocastKwargs())
