@@ -92,7 +92,7 @@ def or_refuse(what):
     except Exception as error:
         if "SHOW_TRACEBACKS" in os.environ:
             raise
-        refuse(f"{what} ({type(error).__name__}: {error})")
+        refuse(f"{what} ({type(error).__name__}: {error.__cause__ or ''} {error})")
 
 
 def utf8(text):
@@ -276,7 +276,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser():
     parser = Parser(
-        description=(__doc__ or METHOD).splitlines()[0],  # `python -OO` takes the docstring away
+        description=__doc__.splitlines()[0],
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ...",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -295,9 +295,7 @@ def check_data_flags(args):
     output = Path(args.output_dir).resolve()
     drawn = Path(args.class_data_dir or os.devnull).resolve()
     if drawn == output:
-        refuse(
-            f"--class_data_dir is --output_dir {args.output_dir!r}: the next run would train on what this one draws"
-        )
+        refuse(f"--class_data_dir is --output_dir {args.output_dir!r}: give class images a folder of their own")
     for name in ("instance_data_dir", "dataset_name", "validation_data_dir"):
         folder = getattr(args, name)
         if not folder:
@@ -306,11 +304,12 @@ def check_data_flags(args):
         if path == output:
             refuse(f"--{name} is --output_dir {args.output_dir!r}: the next run would train on what this one draws")
         if path.is_relative_to(drawn) or drawn.is_relative_to(path):
-            refuse(
-                f"--class_data_dir {args.class_data_dir!r} overlaps --{name}: give class images a folder of their own"
-            )
+            refuse(f"--class_data_dir overlaps --{name} {folder!r}: give class images a folder of their own")
         if name != "dataset_name" and not os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises on a long name
             refuse(f"--{name} {folder!r} is not a folder: give the folder with the images")
+    if args.resolution % 16:
+        near = round(args.resolution / 16) * 16
+        refuse(f"--resolution {args.resolution} is not a multiple of 16 (VAE 8, patch 2): {near} is the nearest")
 
 
 def check_class_flags(args):
@@ -348,6 +347,8 @@ def check_packages(args):
 
 def parse_args(argv=None):
     """The flags of a run. Wrong or contradictory ones exit with code 2 and one line."""
+    if not __doc__:
+        refuse("transformers needs the docstrings that `python -OO` leaves out: take -O or neither")
     args = build_parser().parse_args(argv)
     if not args.output_dir:
         refuse("--output_dir is empty: give the folder to write to")
@@ -398,10 +399,7 @@ IMAGE_SUFFIXES = ".jpg .jpeg .jfif .png .webp .avif .heic .heif .bmp .gif .tif .
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as in an imagefolder of the datasets library
 ENCODED = ".encoded"  # folder in output_dir for what is encoded once, while a run lasts
-KEPT_BYTES = 2**30  # of scaled images that stay in memory: decoding a photo can take longer than an update
-LONGEST = (
-    8  # crops that a scaled image is long: of a longer one its crop alone is scaled, or 1 x 5000 pixels take 4 GB
-)
+KEPT_PIXELS = 2**28  # of images that stay in memory, 1 GiB: decoding a photo can take longer than an update
 
 
 def derive_seed(*parts):
@@ -449,35 +447,26 @@ def open_image(source, reach, number, alpha_mask=False):
         raise ValueError(f"the image {name} cannot be read ({error})") from error
 
 
-def cover(rows, columns, size):
-    """Height and width of an image once it is scaled until it just covers `size`, (height, width)."""
-    height, width = size
-    return max(height, rows * width // columns), max(width, columns * height // rows)
+def crop_image(image, size, generator, center, flip):
+    """A crop of `size`, (height, width): uint8 (bands, height, width), its place and mirror drawn.
 
-
-def scale_image(image, size, box=None):
-    """Pixels (H, W, bands) from 0 to 255 of an image, scaled until it just covers `size`, (height, width).
-
-    A very long image is left as it is. With a box, (left, top, right, bottom), this part of it is scaled to `size`.
+    The image is scaled until it just covers `size`, but only inside the crop: all of 1 x 5000 pixels would take 4 GB.
     """
-    if box is None:
-        scaled = cover(image.height, image.width, size)
-        size = (image.height, image.width) if max(scaled) > LONGEST * max(size) else scaled
+    height, width = size
+    rows = max(height, image.height * width // image.width)
+    columns = max(width, image.width * height // image.height)
+    down, right, mirror = torch.rand(3, generator=generator).tolist()
+    if center:
+        top = round((rows - height) / 2)
+        left = round((columns - width) / 2)
+    else:
+        top = int(down * (rows - height + 1))
+        left = int(right * (columns - width + 1))
+    x = image.width / columns
+    y = image.height / rows
+    box = (left * x, top * y, (left + width) * x, (top + height) * y)
     bands = [image.convert("RGB"), *image.split()[3:]]  # apart: PIL would multiply the colours by the alpha
-    return np.dstack([band.resize(size[::-1], Image.Resampling.BILINEAR, box) for band in bands])  # antialiased
-
-
-def crop_image(pixels, size, generator, center, flip):
-    """A crop of `size` of scaled pixels (H, W, bands): uint8 (bands, height, width), its place and mirror drawn."""
-    scaled = np.array(cover(*pixels.shape[:2], size))
-    spare = scaled - size
-    *place, mirror = torch.rand(3, generator=generator).tolist()
-    corner = np.rint(spare / 2) if center else np.floor(place * (spare + 1))
-    top, left, bottom, right = np.concatenate([corner, corner + size]).astype(int)
-    crop = pixels[top:bottom, left:right]
-    if len(pixels) != scaled[0]:  # not scaled yet
-        y, x = pixels.shape[:2] / scaled
-        crop = scale_image(Image.fromarray(pixels), size, (left * x, top * y, right * x, bottom * y))
+    crop = np.dstack([band.resize((width, height), Image.Resampling.BILINEAR, box) for band in bands])  # antialiased
     if flip and mirror < 0.5:
         crop = crop[:, ::-1]
     return torch.from_numpy(crop.copy()).permute(2, 0, 1)
@@ -523,24 +512,24 @@ class DreamBoothDataset:
         self.images = {}  # by kind, "instance" or "class"
         self.prompts = {}
         self.moments = None
-        self.scaled = {}
-        self.kept_bytes = 0
+        self.kept = {}
+        self.room = KEPT_PIXELS
         prompts = [read_caption(number, caption) for number, caption in enumerate(captions)]
         lacking = prompts.count(())
         if lacking and args.instance_prompt is None:
             refuse(f"{flag}: {lacking} of {len(prompts)} images have no caption: give --instance_prompt")
         prompts = [words or (args.instance_prompt,) for words in prompts]
-        self.sizes, checksums, opacities = self.add_images("instance", flag, images, prompts)
+        self.sizes, checksums, alphas = self.add_images("instance", flag, images, prompts)
         self.digest = derive_seed(prompts, checksums)
         sizes = dict(Counter(self.sizes))
         log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {sizes}")
-        if args.alpha_mask and {0, 255}.issuperset(opacities):
+        if args.alpha_mask and {(0, 0), (255, 255)}.issuperset(alphas):
             log.warning(
-                f"{flag}: --alpha_mask: each image is opaque or transparent as a whole; the latter teach nothing"
+                f"{flag}: --alpha_mask: no image is transparent in part; one that is as a whole teaches nothing"
             )
 
     def add_images(self, kind, flag, images, prompts):
-        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and mean opacities.
+        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and ranges of alpha.
 
         `prompts` are tuples: of each, one is drawn an epoch.
         """
@@ -550,8 +539,10 @@ class DreamBoothDataset:
         self.prompts[kind] = prompts
 
         def inspect(number):
-            pixels, size = self.load(kind, number)
-            return size, hashlib.sha256(pixels).hexdigest(), pixels[:, :, -1].mean()
+            image = self.load(kind, number)
+            bucket = training_utils.find_nearest_bucket(image.height, image.width, self.buckets)
+            checksum = hashlib.sha256(image.tobytes()).hexdigest()
+            return self.buckets[bucket], checksum, image.split()[-1].getextrema()
 
         with ThreadPoolExecutor() as pool:
             found = [pool.submit(inspect, number) for number in range(len(images))]
@@ -561,17 +552,16 @@ class DreamBoothDataset:
             refuse(f"{flag}: {len(broken)} of {len(images)} images are broken: {'; '.join(broken[:10])}: {remedy}")
         return zip(*[each.result() for each in found], strict=True)
 
-    def load(self, kind, number, size=None):
-        """Scaled pixels (H, W, bands) of an image, which stay in memory while there is room, and its crop's size."""
-        reach = max(map(max, self.buckets))
-        image = open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
-        if size is None:
-            size = self.buckets[training_utils.find_nearest_bucket(image.height, image.width, self.buckets)]
-        pixels = scale_image(image, size)
-        if self.kept_bytes + pixels.nbytes <= KEPT_BYTES:
-            self.kept_bytes += pixels.nbytes
-            self.scaled[kind, number, size] = pixels
-        return pixels, size
+    def load(self, kind, number):
+        """An image, which stays in memory while there is room."""
+        image = self.kept.get((kind, number))
+        if image is None:
+            reach = max(map(max, self.buckets))
+            image = open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
+            self.room -= image.width * image.height
+            if self.room > 0:
+                self.kept[kind, number] = image
+        return image
 
     def __len__(self):
         instances = len(self.images["instance"]) * self.args.repeats
@@ -610,11 +600,9 @@ class DreamBoothDataset:
 
     def pixels(self, kind, number, size, seed):
         """Pixels (bands, height, width) of one image from 0 to 255, in the crop that `seed` draws."""
-        scaled = self.scaled.get((kind, number, size))
-        if scaled is None:
-            scaled, _ = self.load(kind, number, size)
         generator = torch.Generator().manual_seed(derive_seed(seed, "crop"))
-        return crop_image(scaled, size, generator, self.args.center_crop, self.args.random_flip)
+        image = self.load(kind, number)
+        return crop_image(image, size, generator, self.args.center_crop, self.args.random_flip)
 
 
 class Batches(list):
@@ -705,10 +693,7 @@ def read_dataset(args, flag, name, image_column, caption_column):
 
     `name` is a Hub id, a folder of save_to_disk, or a folder of images with a metadata file.
     """
-    remedy = (
-        "a folder's name must be without brackets, each file_name in its metadata that of a file in it;"
-        " other files of images than parquet have to be unpacked; --cache_dir moves what is written"
-    )
+    remedy = "give a Hub id or a folder without brackets in its name; datasets writes to --cache_dir"
     with or_refuse(f"{flag} {name!r} cannot be read: {remedy}"):
         import datasets
 
@@ -1054,7 +1039,7 @@ def cache_moments(dataset, vae, accelerator, name):
     moments = TensorFolder(dataset.args, name)
     moments.fill(accelerator, list(keys), encode, "Caching latents")
     dataset.moments = moments
-    dataset.scaled = {}
+    dataset.kept.clear()
 
 
 def draw_latents(args, vae_config, moments, seeds, device):
@@ -1466,7 +1451,7 @@ def save_checkpoint(args, accelerator, trained, state):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
     folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
-    what = f"saving {folder}, where {shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free,"
+    what = f"saving {folder} ({shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free)"
     failed = []
     with attempt(failed, what):
         save_weights(args, accelerator, trained.models, partial)
@@ -2048,17 +2033,15 @@ OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-
 
 def check_output(args):
     """Refuses logs that leave output_dir or get into what is written there, and what is in the way of that."""
-    logs = Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name)
-    free = ".." not in logs.parts and not logs.is_absolute()
+    logs = os.path.normpath(Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name))
     for pattern in (*RESULT["files"], *OUTPUT):
         name, folder, _ = pattern.partition("/")
-        free = free and not fnmatch.fnmatch(logs.parts[0], name)
+        if logs.startswith(("..", os.sep)) or fnmatch.fnmatch(Path(logs).parts[0], name):
+            names = "--logging_dir, --tracker_run_name, --tracker_project_name"
+            refuse(f"{names}: {logs!r} leads out of --output_dir or into the result: give other names")
         for path in Path(args.output_dir).glob(name):
             if path.is_dir() != bool(folder) or not os.access(path, os.W_OK):
                 refuse(f"{path} is in the way of what the run writes: take it away or give another --output_dir")
-    if not free:
-        names = "--logging_dir, --tracker_run_name, --tracker_project_name"
-        refuse(f"{names}: {str(logs)!r} is no folder of its own inside --output_dir: give other names")
 
 
 def start_accelerator(args):
@@ -2285,7 +2268,7 @@ def read_update(args, accelerator, seen, norm):
     row = [*(kind.mean() for kind in kinds), torch.as_tensor(norm).to(losses)]
     rows = accelerator.gather(torch.stack(row)[None])
     *losses, norm = rows.mean(dim=0).tolist()  # here the host waits for the device, once an update
-    figures = {"loss": np.dot(losses, list(weights.values())), "grad_norm": norm}
+    figures = {"loss": float(np.dot(losses, list(weights.values()))), "grad_norm": norm}
     if losses[1:]:
         figures |= zip(weights, losses, strict=True)
     return figures
@@ -2359,7 +2342,7 @@ def save_result(args, accelerator, trained, state, parts):
     """Writes the final weights, then a manifest. Where it cannot, it tries every minute until a signal comes."""
     while not state.finished:
         failed = []
-        with attempt(failed, f"writing the result to {args.output_dir}, which is tried again every minute,"):
+        with attempt(failed, f"writing the result to {args.output_dir} (tried every minute until a signal)"):
             save_weights(args, accelerator, trained.models, args.output_dir, parts)
             if accelerator.is_main_process:
                 write_manifest(args, state, args.output_dir, RESULT["files"])
@@ -2385,14 +2368,14 @@ def report_end(args, accelerator, state, stop):
     reasons = []
     if state.failed:
         reasons.append(f"{', '.join(state.failed)} failed")
-    if state.step < state.total:
-        reasons.append(f"{state.step} of {state.total} updates were made")
     if len(state.skipped) * 10 > state.total:
         reasons.append(f"{len(state.skipped)} of {state.total} updates were skipped, not being finite: lower the rate")
     if stop:
         name = signal.Signals(stop).name
         way = "makes what is missing" if state.finished else "goes on"
         reasons.append(f"{name} came at update {state.step}: --resume_from_checkpoint latest {way}")
+    elif state.step < state.total:
+        reasons.append(f"{state.step} of {state.total} updates were made")
     if reasons:
         if accelerator.is_main_process:
             print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)

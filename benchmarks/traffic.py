@@ -138,7 +138,7 @@ def work(script, argv):
         written.append(int(dict(line.split(": ") for line in lines)["wchar"]))
 
     def note(args, accelerator, models):
-        trained.extend(p.numel() for model in models.values() for p in module.trained_parameters(model))
+        trained[:] = [p.numel() for model in models.values() for p in module.trained_parameters(model)]
         return make_optimizer(args, accelerator, models)
 
     module.log_update, module.make_optimizer = count, note

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -41,7 +42,7 @@ from ranks import draw_fast
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 # Runs the LoRA script with each list of flags of a JSON list. Prints exit codes but 0, and ==== on stderr after each.
 SEVERAL = f"""
 import json, sys
@@ -65,6 +66,11 @@ def pytest_collection_modifyitems(items):
     """Files with many slow tests come first, so that at the end no process waits for another that got one late."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def in_turn(rows):
+    """Rows of a table, each for one of the scripts in turn: what they share is the same text in both."""
+    return [pytest.param(kind, *row) for kind, row in zip(itertools.cycle(SCRIPTS), rows, strict=False)]
 
 
 def load_script(kind):
@@ -177,7 +183,10 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def argv(checkpoints, pictures, tmp_path):
-    """Gives the arguments of a short run, with changes: None and False leave a flag out, True is a bare flag."""
+    """Gives the arguments of a short run, with changes.
+
+    None and False leave a flag out, True is a bare flag, a list is several words.
+    """
 
     def argv(**changes):
         flags = {
@@ -198,6 +207,8 @@ def argv(checkpoints, pictures, tmp_path):
         for name, value in flags.items():
             if value is True:
                 words.append(f"--{name}")
+            elif isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
             elif value is not None and value is not False:
                 words += [f"--{name}", str(value)]
         return words

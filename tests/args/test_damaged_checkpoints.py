@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import isolated
+from conftest import in_turn, isolated
 
 
 @pytest.fixture
@@ -43,7 +43,17 @@ def spoil_manifest(folder):
     return ""
 
 
-@pytest.mark.parametrize("damage", [truncate, lose, lose_manifest, spoil_manifest])
+def lose_a_fact(folder):
+    manifest = json.loads((folder / "dreambooth.json").read_text())
+    del manifest["run"]["train_batch_size"]
+    (folder / "dreambooth.json").write_text(json.dumps(manifest))
+    return "train_batch_size"
+
+
+DAMAGES = [(truncate,), (lose,), (lose_manifest,), (spoil_manifest,), (lose_a_fact,)]
+
+
+@pytest.mark.parametrize(("kind", "damage"), in_turn(DAMAGES))
 def test_seen(script, argv, saved, caplog, capsys, damage):
     """`latest` takes the one before; a name is refused. Both say why. A dry run goes as far as that."""
     reason = damage(saved / "checkpoint-3")
@@ -62,7 +72,7 @@ def test_seen(script, argv, saved, caplog, capsys, damage):
     assert all(reason in line for line in said)
 
 
-@pytest.mark.parametrize("wanted", ["latest", "checkpoint-3"])
+@pytest.mark.parametrize(("kind", "wanted"), in_turn([("latest",), ("checkpoint-3",)]))
 def test_another_format_is_refused(script, argv, saved, capsys, wanted):
     """No older checkpoint is taken in its place: the script that wrote it would go on from it."""
     path = saved / "checkpoint-3/dreambooth.json"
@@ -77,7 +87,10 @@ def test_another_format_is_refused(script, argv, saved, capsys, wanted):
 WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
 
 
-@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "ema.safetensors", "WEIGHTS"])
+NOISE = [("optimizer.bin",), ("scheduler.bin",), ("ema.safetensors",), ("WEIGHTS",)]
+
+
+@pytest.mark.parametrize(("kind", "name"), [*in_turn(NOISE), ("full", "WEIGHTS")])
 def test_noise_of_the_right_size_ends_in_one_line(script, kind, argv, saved, capsys, name):
     folder = saved / "checkpoint-3"
     path = folder / (WEIGHTS[kind] if name == "WEIGHTS" else name)

@@ -3,15 +3,18 @@
 A damaged part of the base model is named with the cause, wherever in a run it is loaded.
 """
 
+import io
 import json
 import logging
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from accelerate import Accelerator
-from conftest import load_script
+from conftest import in_turn, load_script
 from datasets import Dataset, DatasetDict, NamedSplit
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -76,27 +79,37 @@ def of_class(model, part, name, library=None):
 
 
 NO_FIT = "its weights do not fit its config"
-# Name: what is done to a part, to which parts, and what the line says beside the part's name.
+# Name: what is done to a part, to which parts, and what the line says beside the part's name. A model of each library
+# and a part of each kind stand for the others, which are loaded by the same lines.
 DAMAGE = {
-    "weights cut short": (lambda m, p: change_weights(m / p, lambda data: data[: len(data) // 2]), MODELS, ""),
-    "weights are a git-lfs pointer": (lambda m, p: change_weights(m / p, lambda data: POINTER), MODELS, ""),
-    "no weights": (lambda m, p: next((m / p).glob("*.safetensors")).unlink(), MODELS, ""),
-    "a layer without weights": (more_layers, ENCODERS, NO_FIT),
-    "a layer more or less": (more_layers, ("vae", "transformer"), ""),  # diffusers sees to it
-    "a word for a number": (word_for_a_number, MODELS, ""),
-    "no config": (lambda m, p: (m / p / "config.json").unlink(), MODELS, ""),
-    "half a config": (lambda m, p: (m / p / "config.json").write_text('{"_class'), MODELS, ""),
-    "no folder": (lambda m, p: shutil.rmtree(m / p), (*TOKENIZERS, "scheduler", "text_encoder", "transformer"), ""),
-    "an unknown class": (
-        lambda m, p: of_class(m, p, "SD3Transformer2DModelFlowMatch"),
-        (*MODELS, *TOKENIZERS, "scheduler"),
+    "weights cut short": (
+        lambda m, p: change_weights(m / p, lambda data: data[: len(data) // 2]),
+        ("text_encoder", "transformer"),
         "",
     ),
-    "a class of another library": (lambda m, p: of_class(m, p, "X", "os"), ("vae", "tokenizer_3"), "os X"),
-    "no vocabulary": (lambda m, p: [path.unlink() for path in vocabulary(m / p)], TOKENIZERS, ""),
+    "weights are a git-lfs pointer": (lambda m, p: change_weights(m / p, lambda data: POINTER), ("vae",), ""),
+    "no weights": (lambda m, p: next((m / p).glob("*.safetensors")).unlink(), ("text_encoder_3", "transformer"), ""),
+    "a layer without weights": (more_layers, ("text_encoder", "text_encoder_3"), NO_FIT),
+    "a layer more or less": (more_layers, ("vae", "transformer"), ""),  # diffusers sees to it
+    "a word for a number": (word_for_a_number, ("text_encoder_2", "transformer"), ""),
+    "no config": (lambda m, p: (m / p / "config.json").unlink(), ("text_encoder", "vae"), ""),
+    "half a config": (
+        lambda m, p: (m / p / "config.json").write_text('{"_class'),
+        ("text_encoder_3", "transformer"),
+        "",
+    ),
+    "no folder": (lambda m, p: shutil.rmtree(m / p), ("tokenizer_3", "scheduler", "text_encoder"), ""),
+    "an unknown class": (
+        lambda m, p: of_class(m, p, "SD3Transformer2DModelFlowMatch"),
+        ("text_encoder", "tokenizer", "scheduler", "transformer"),
+        "",
+    ),
+    "a class of another library": (lambda m, p: of_class(m, p, "X", "os"), ("tokenizer_3",), "os X"),
+    "no vocabulary": (lambda m, p: [path.unlink() for path in vocabulary(m / p)], ("tokenizer", "tokenizer_3"), ""),
+    "no length": (lambda m, p: (m / p / "tokenizer_config.json").unlink(), ("tokenizer_2",), "no length"),
     "a vocabulary of nonsense": (
         lambda m, p: [path.write_text('{"a": ') for path in vocabulary(m / p)],
-        TOKENIZERS,
+        ("tokenizer_2",),
         "",
     ),
     "another transformer": (
@@ -105,28 +118,17 @@ DAMAGE = {
         "diffusers FluxTransformer2DModel",
     ),
     "another scheduler": (lambda m, p: of_class(m, p, "DDIMScheduler"), ("scheduler",), "diffusers DDIMScheduler"),
-    "no shift": (
-        lambda m, p: change_json(m / p / "config.json", shift_factor=None),
-        ("vae",),
-        "no shift_factor in its config",
-    ),
-    "a layer more than the config has": (fewer_layers, ENCODERS, NO_FIT),
+    "a layer more than the config has": (fewer_layers, ("text_encoder_2",), NO_FIT),
     "weights of another width": (another_width, ("vae", "text_encoder"), ""),
 }
-CASES = [(damage, part) for damage, (_, parts, _) in DAMAGE.items() for part in parts]
-# Where parts are read is the same text in both scripts, but LoRA looks at the transformer's config before all else.
-BY = [
-    (("full", "lora"), case) if case[1] == "transformer" else (("full", "lora")[n % 2 :][:1], case)
-    for n, case in enumerate(CASES)
-]
-ROWS = [pytest.param(kind, *case, id=f"{kind} {case[1]}: {case[0]}") for kinds, case in BY for kind in kinds]
+ROWS = in_turn([(damage, part) for damage, (_, parts, _) in DAMAGE.items() for part in parts])
 
 
 @pytest.mark.parametrize(("kind", "damage", "part"), ROWS)
 def test_a_damaged_part_of_the_model_is_named(refusal, model, damage, part):
     spoil, _, cause = DAMAGE[damage]
     spoil(model, part)
-    line = refusal(pretrained_model_name_or_path=model, max_train_steps=1)
+    line = refusal(pretrained_model_name_or_path=model, max_train_steps=1, dry_run=part.startswith("tokenizer"))
     start, _, rest = line.partition(repr(str(model)))
     if start.startswith("--pretrained"):  # by the index alone
         start, _, rest = rest.removeprefix(" is not an SD3 pipeline: its ").partition(" is ")
@@ -134,7 +136,24 @@ def test_a_damaged_part_of_the_model_is_named(refusal, model, damage, part):
     assert cause in rest
 
 
-@pytest.mark.parametrize("part", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "name", "changes", "cause"),
+    in_turn(
+        [
+            ("vae/config.json", {"shift_factor": None}, "its shift_factor is None"),
+            ("vae/config.json", {"scaling_factor": None}, "its scaling_factor is None"),
+            ("vae/config.json", {"scaling_factor": 0}, "its scaling_factor is 0"),
+            ("scheduler/scheduler_config.json", {"shift": -3}, "its shift is -3"),
+        ]
+    ),
+)
+def test_a_config_with_which_nothing_is_learned(refused, model, name, changes, cause):
+    change_json(model / name, **changes)
+    line = refused(pretrained_model_name_or_path=model, dry_run=True)
+    assert line.startswith(f"{Path(name).parent} of {str(model)!r} cannot be used (") and cause in line
+
+
+@pytest.mark.parametrize(("kind", "part"), in_turn([("text_encoder",), ("transformer",)]))
 def test_a_variant_that_is_not_there_is_named(refusal, model, part):
     """The others have it."""
     for other in MODELS:
@@ -145,7 +164,7 @@ def test_a_variant_that_is_not_there_is_named(refusal, model, part):
     assert line.startswith(f"{part} of {str(model)!r} cannot be loaded in the variant 'fp16' (")
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "[1]", "{}", '{"_class_name": "FluxPipeline"}'])
+@pytest.mark.parametrize(("kind", "text"), in_turn([(None,), ("{",), ("[1]",), ('{"_class_name": "FluxPipeline"}',)]))
 def test_an_index_that_is_none(refused, model, text):
     (model / "model_index.json").unlink()
     if text is not None:
@@ -156,8 +175,7 @@ def test_an_index_that_is_none(refused, model, text):
 # Precision.
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-@pytest.mark.parametrize("by", ["flag", "environment"])
+@pytest.mark.parametrize(("kind", "by", "dry_run"), in_turn([("flag", False), ("environment", True)]))
 def test_fp16_on_a_cpu_is_refused(refused, monkeypatch, by, dry_run):
     if by == "environment":
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
@@ -189,13 +207,22 @@ def no_folders(tmp_path):
         "inside a file": tmp_path / "file/out",
         "a dangling link": tmp_path / "link",
         "too long": tmp_path / ("x" * 300),
-        "proc": "/proc/out",
         "read-only": "/proc/sys",
     }
 
 
-@pytest.mark.parametrize("why", ["a file", "inside a file", "a dangling link", "too long", "proc", "read-only"])
-@pytest.mark.parametrize("flag", ["output_dir", "class_data_dir"])
+@pytest.mark.parametrize(
+    ("kind", "flag", "why"),
+    in_turn(
+        [
+            ("output_dir", "a file"),
+            ("output_dir", "inside a file"),
+            ("class_data_dir", "a dangling link"),
+            ("output_dir", "too long"),
+            ("class_data_dir", "read-only"),
+        ]
+    ),
+)
 def test_a_folder_that_cannot_be_written(refused, no_folders, flag, why):
     folder, flags = no_folders[why], {}
     if flag == "class_data_dir":
@@ -204,18 +231,47 @@ def test_a_folder_that_cannot_be_written(refused, no_folders, flag, why):
     assert line.startswith(f"--{flag} {str(folder)!r} cannot be written")
 
 
+@pytest.mark.parametrize("kind", ["lora"])
 def test_no_output_folder_at_all(refused):
     assert refused(output_dir="").startswith("--output_dir is empty")
 
 
-@pytest.mark.parametrize("spelling", ["{}", "{}/", "{}/../out", "{}/../link"])
-@pytest.mark.parametrize("flag", ["instance_data_dir", "class_data_dir", "validation_data_dir"])
+@pytest.mark.parametrize(
+    ("kind", "flag", "spelling"),
+    in_turn(
+        [
+            ("instance_data_dir", "{}"),
+            ("class_data_dir", "{}/"),
+            ("validation_data_dir", "{}/../link"),
+            ("dataset_name", "{}/../out"),
+        ]
+    ),
+)
 def test_images_are_not_read_where_images_are_written(refused, tmp_path, flag, spelling):
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "out")
     flags = {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": tmp_path / "class"}
     folder = spelling.format(tmp_path / "out")
     assert refused(**flags | {flag: folder}).startswith(f"--{flag} is --output_dir")
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "folder", "drawn"),
+    in_turn(
+        [
+            ("instance_data_dir", "data", "data"),
+            ("instance_data_dir", "data", "data/../link"),
+            ("dataset_name", "data", "data/class"),
+            ("validation_data_dir", "data/held out", "data"),
+        ]
+    ),
+)
+def test_class_images_are_not_drawn_among_others(refused, tmp_path, flag, folder, drawn):
+    (tmp_path / "data/held out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    flags = {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": tmp_path / drawn}
+    line = refused(**flags | {flag: tmp_path / folder})
+    assert line.startswith(f"--class_data_dir overlaps --{flag} {str(tmp_path / folder)!r}")
 
 
 def test_images_of_an_earlier_run_are_neither_uploaded_nor_in_the_card(script, run, tmp_path, monkeypatch, few_steps):
@@ -244,18 +300,28 @@ def dataset(pictures, tmp_path):
     """Writes a dataset of one of these kinds, most of them wrong; returns the flags that name it."""
 
     def dataset(kind):
-        source = tmp_path / "rows"
+        names = {"archive": "rows.tar", "brackets": "rows[1]"}
+        source = tmp_path / names.get(kind, "rows")
         images = sorted(map(str, pictures().iterdir()))
         rows = [{"image": image, "text": "a dog"} for image in images]
         if kind == "urls":
             rows[1]["image"] = "https://example.com/dog.png"
         elif kind == "empty row":
             rows[1]["image"] = None
+        elif kind == "arrays":
+            rows = [{"image": [[[0, 0, 300]]], "text": "a dog"}]
+        elif kind == "absolute":
+            rows = [{"file_name": image} for image in images]
         text = "\n".join(map(json.dumps, rows))
         if kind == "alone":
             Dataset.from_list(rows, split=NamedSplit("slice")).save_to_disk(source)
         elif kind == "saved":
             DatasetDict({"train": Dataset.from_list(rows), "other": Dataset.from_list(rows)}).save_to_disk(source)
+        elif kind == "archive":
+            source.write_text("")
+        elif kind in ("brackets", "absolute", "no rows"):
+            shutil.copytree(pictures(), source)
+            (source / "metadata.jsonl").write_text("" if kind == "no rows" else text)
         else:
             source.mkdir()
             suffix = "xyz" if kind == "unsupported" else "jsonl"
@@ -265,17 +331,30 @@ def dataset(pictures, tmp_path):
     return dataset
 
 
+UNREADABLE = "--dataset_name '{}' cannot be read: give a Hub id or a folder without brackets in its name"
+
+
 @pytest.mark.parametrize(
-    ("form", "flags", "words"),
-    [
-        ("broken", {}, ["--dataset_name '{}' cannot be read ("]),
-        ("lines", {"dataset_split": "test"}, ["--dataset_name '{}' cannot be read (", "test", "train"]),
-        ("saved", {"dataset_split": "test"}, ["--dataset_split 'test' is not in it: it has train, other"]),
-        ("saved", {"dataset_split": "train[:1]"}, ["--dataset_split 'train[:1]' is not in it: it has train, other"]),
-        ("unsupported", {}, ["--dataset_name '{}' cannot be read ("]),
-        ("urls", {}, ["--dataset_name (ValueError: the image 'https://example.com/dog.png' cannot be read ("]),
-        ("empty row", {}, ["--dataset_name (ValueError: the image of row 1 cannot be read ("]),
-    ],
+    ("kind", "form", "flags", "words"),
+    in_turn(
+        [
+            ("broken", {}, [UNREADABLE]),
+            ("lines", {"dataset_split": "test"}, [UNREADABLE, "test", "train"]),
+            ("saved", {"dataset_split": "test"}, [UNREADABLE, "rows/test"]),
+            ("unsupported", {}, [UNREADABLE]),
+            (
+                "urls",
+                {},
+                ["--dataset_name: 1 of 2 images are broken: the image 'https://example.com/dog.png' cannot be"],
+            ),
+            ("empty row", {}, ["--dataset_name: 1 of 2 images are broken: the image of row 1 cannot be read ("]),
+            ("archive", {}, [UNREADABLE, "Couldn't find any data file at {}"]),
+            ("arrays", {}, [UNREADABLE, "it has arrays for images: cast them to datasets.Image"]),
+            ("brackets", {}, [UNREADABLE, "doesn't contain any data files"]),
+            ("absolute", {}, [UNREADABLE, "must be a relative path"]),
+            ("no rows", {}, [UNREADABLE]),
+        ]
+    ),
 )
 def test_a_dataset_that_cannot_be_used(refused, dataset, form, flags, words):
     flags = dataset(form) | flags
@@ -284,7 +363,7 @@ def test_a_dataset_that_cannot_be_used(refused, dataset, form, flags, words):
         assert word.format(flags["dataset_name"]) in line
 
 
-@pytest.mark.parametrize("split", ["slice", "train"])
+@pytest.mark.parametrize(("kind", "split"), in_turn([("slice",), ("train",)]))
 def test_a_dataset_that_was_saved_alone_is_its_own_split_and_train(script, run, dataset, capsys, split):
     flags = dataset("alone") | {"dataset_split": split, "num_train_epochs": 1, "max_train_steps": None}
     run(script, **flags, dry_run=True)
@@ -303,12 +382,16 @@ def test_a_tracker_that_does_not_start_ends_the_run_before_it_encodes(refused, m
     assert line.startswith("--report_to tensorboard: could not start a tracker") and "no login" in line
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", ".."])
-def test_a_run_s_name_does_not_lead_out_of_the_folder(refused, name):
-    assert refused(tracker_run_name=name).startswith(f"--tracker_run_name {name!r} leads out of --output_dir")
+@pytest.mark.parametrize(
+    ("kind", "flag", "name"),
+    in_turn([("tracker_run_name", "../x"), ("tracker_run_name", "a/../../x"), ("tracker_project_name", "/x")]),
+)
+def test_a_run_s_name_does_not_lead_out_of_the_folder(refused, flag, name):
+    line = refused(**{flag: name})
+    assert line.startswith("--logging_dir, --tracker_run_name, --tracker_project_name: ") and name in line
 
 
-@pytest.mark.parametrize("text", ["tensorboard, wandb", " tensorboard,wandb,", "tensorboard ,wandb"])
+@pytest.mark.parametrize(("kind", "text"), in_turn([(" tensorboard,wandb,",), ("tensorboard , wandb",)]))
 def test_trackers_with_spaces_and_a_trailing_comma(script, argv, text):
     assert script.split_names(script.parse_args(argv(report_to=text)).report_to) == ["tensorboard", "wandb"]
 
@@ -316,20 +399,41 @@ def test_trackers_with_spaces_and_a_trailing_comma(script, argv, text):
 # What makes no sense is said.
 
 
+WARM_UP = "--lr_warmup_steps {}: the run ends in the warm-up, after 2 updates"
+PLAIN = "has no metadata file: split and columns of a dataset have no effect"
+
+
 @pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ({"lr_scheduler": "linear", "lr_warmup_steps": 3}, True),
-        ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500}, True),
-        ({"lr_scheduler": "linear", "lr_warmup_steps": 2}, False),
-        ({"lr_scheduler": "constant", "lr_warmup_steps": 500}, False),
-    ],
+    ("kind", "flags", "said"),
+    in_turn(
+        [
+            ({"lr_scheduler": "linear", "lr_warmup_steps": 3}, WARM_UP.format(3)),
+            ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500}, WARM_UP.format(500)),
+            ({"lr_scheduler": "linear", "lr_warmup_steps": 2}, None),
+            ({"lr_scheduler": "constant", "lr_warmup_steps": 500}, None),
+            ({"caption_column": "text"}, PLAIN),
+            ({"image_column": "picture"}, PLAIN),
+            ({"dataset_split": "test"}, PLAIN),
+            (
+                {"alpha_mask": True},
+                "--alpha_mask: no image is transparent in part; one that is as a whole teaches nothing",
+            ),
+            ({"cache_dir": "cache"}, None),
+        ]
+    ),
 )
-def test_a_warm_up_longer_than_the_run(script, run, caplog, flags, said):
+def test_what_has_no_effect_is_said(script, run, caplog, flags, said):
     run(script, **flags, dry_run=True)
-    lines = [line for line in caplog.messages if "--lr_warmup_steps" in line]
-    message = f"--lr_warmup_steps {flags['lr_warmup_steps']}: the run ends in the warm-up, after 2 updates"
-    assert [line.removeprefix("[RANK 0] ") for line in lines] == [message] * said
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == (said is not None)
+    assert said is None or warnings[0].endswith(said)
+
+
+def test_a_dry_run_speaks_to_an_ascii_terminal(script, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    run(script, output_dir=tmp_path / "h\u00fctte", dry_run=True)
+    sys.stdout.seek(0)
+    assert "drawn:   dry_run.png" in sys.stdout.read()
 
 
 def test_of_many_long_prompts_ten_are_named_and_all_counted(script, run, pictures, tmp_path, caplog):
@@ -345,7 +449,7 @@ def test_of_many_long_prompts_ten_are_named_and_all_counted(script, run, picture
 HUGE = {"repeats": 10**9, "num_class_images": 10**6, "train_batch_size": 10**6, "dataloader_num_workers": 10**5}
 
 
-@pytest.mark.parametrize(("kind", "name"), [*(("full", name) for name in HUGE), ("lora", "rank")])
+@pytest.mark.parametrize(("kind", "name"), [*in_turn([(name,) for name in HUGE]), ("lora", "rank")])
 def test_numbers_without_sense(script, refused, monkeypatch, name):
     monkeypatch.setattr(script, "main", lambda args: None)  # which would fill the memory with one of them
     number = HUGE.get(name, 10**6)

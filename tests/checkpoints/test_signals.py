@@ -14,7 +14,7 @@ from conftest import SCRIPTS, in_child, isolated
 from diffusers import FlowMatchEulerDiscreteScheduler
 from ranks import read_files, tell, watch_updates
 
-NUMBERS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138}
+NUMBERS = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 138}
 WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
 
 
@@ -33,7 +33,7 @@ def test_stops_at_the_update_and_goes_on(script, argv, run, monkeypatch, capsys,
         tell(patch, script, "flow_losses", 2, getattr(signal, name))
         stopped = stop(script, argv, NUMBERS[name], **flags)
     lines = capsys.readouterr().err.splitlines()
-    assert f"{name}: the run saves a checkpoint and ends; a second signal ends it at once" in lines
+    assert f"{name}: the run saves what it has trained and ends; a second ends it at once" in lines
     way = f"{name} came at update 2: --resume_from_checkpoint latest goes on"
     assert lines[-1] == f"what was trained is saved in {folder}, but {way}"
     assert [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-2"]
@@ -97,7 +97,7 @@ def test_loader_processes_leave_a_signal_to_the_group_to_the_run(argv, tmp_path)
         os.killpg(run.pid, signal.SIGTERM)
         said = run.communicate(timeout=100)[1]
     assert run.returncode == 143, said[-2000:]
-    assert said.count(": the run saves a checkpoint and ends") == 1
+    assert said.count(": the run saves what it has trained and ends") == 1
     assert "Traceback" not in said and "Exception ignored" not in said
     (checkpoint,) = (tmp_path / "out").glob("*checkpoint-*")
     way = f"SIGTERM came at update {checkpoint.name[11:]}: --resume_from_checkpoint latest goes on"

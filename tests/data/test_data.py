@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import isolated
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 
 
@@ -49,7 +49,11 @@ def test_captions_belong_to_files_and_what_was_found_is_said(read, tmp_path, sai
     (folder / "notes.md").write_text("no image")
     dataset = read(instance_data_dir=folder)
     assert [path.name for path in dataset.images["instance"]] == ["a.png", "b.png", "c.png"]
-    assert dataset.prompts["instance"] == ["from the text", "from the caption", "a photo of sks dog"]
+    assert dataset.prompts["instance"] == [
+        ("from the text",),
+        ("from the caption",),
+        ("a photo of sks dog",),
+    ]
     line = "--instance_data_dir: 3 images, 1 without a caption; (height, width): {(32, 32): 3}"
     assert said.messages.count(line) == 1
 
@@ -66,7 +70,7 @@ def test_a_folder_with_metadata_is_what_the_metadata_lists(read, tmp_path, metad
         else:
             csv.writer(file).writerows(rows)
     dataset = read(instance_data_dir=tmp_path / "data", caption_column="words", cache_dir=tmp_path / "cache")
-    assert dataset.prompts["instance"] == ["one", "two"]
+    assert dataset.prompts["instance"] == [("one",), ("two",)]
     greys = [np.asarray(dataset.load("instance", number)[0]).max() for number in range(2)]
     assert greys == [0, 20]
 
@@ -95,9 +99,38 @@ def test_datasets_of_any_kind(script, read, tmp_path, form):
         rows.save_to_disk(source)
     dataset = read(**flags, dataset_name=source, caption_column="text", cache_dir=tmp_path / "cache")
     images = dataset.images["instance"]
-    assert dataset.prompts["instance"] == ["one", "a photo of sks dog"]
+    assert dataset.prompts["instance"] == [("one",), ("a photo of sks dog",)]
     assert [script.open_image(images[number], 32, number).size for number in range(2)] == [(40, 32), (32, 40)]
     assert not any(isinstance(image, Image.Image) for image in images), "decoded when used"
+
+
+@pytest.mark.parametrize("kind", ["lora"])
+def test_captions_of_a_dataset_are_texts_lists_of_texts_or_labels(read, tmp_path):
+    """Of several one is drawn an epoch, the same in each run; a class label is its name."""
+    images = list(map(str, paint(tmp_path / "data", [(40, 40)] * 3)))
+    texts = [["a  dog", "a hound", "a terrier"], [], ["one"]]
+    rows = Dataset.from_dict({"image": images, "texts": texts, "label": [1, 0, 1]})
+    rows.cast_column("label", ClassLabel(names=["cat", "dog"])).save_to_disk(tmp_path / "rows")
+    assert read(dataset_name=tmp_path / "rows", caption_column="label").prompts["instance"] == [
+        ("dog",),
+        ("cat",),
+        ("dog",),
+    ]
+    datasets = [read(dataset_name=tmp_path / "rows", caption_column="texts", caption_dropout=0.2) for _ in range(2)]
+    assert datasets[0].prompts["instance"] == [("a dog", "a hound", "a terrier"), ("a photo of sks dog",), ("one",)]
+    drawn = [[dataset[epoch, 0, 0][0]["prompt"] for epoch in range(300)] for dataset in datasets]
+    assert drawn[0] == drawn[1]
+    shares = {prompt: count / 300 for prompt, count in Counter(drawn[0]).items()}
+    assert shares == pytest.approx({"": 0.2, "a dog": 0.27, "a hound": 0.27, "a terrier": 0.27}, abs=0.08)
+
+
+@pytest.mark.parametrize("kind", ["full"])
+@pytest.mark.parametrize("caption", [True, 3, 1.5, {"raw": "a dog"}, ["a dog", 3], [None]])
+def test_a_caption_that_is_no_text_is_refused_with_its_row(script, capsys, caption):
+    with pytest.raises(SystemExit) as end:
+        script.read_caption(7, caption)
+    assert end.value.code == 2
+    assert f"error: the caption of row 7 is {caption!r}: give a text or a list of texts\n" in capsys.readouterr().err
 
 
 def test_buckets(script, read, tmp_path, said, pictures):
@@ -108,9 +141,9 @@ def test_buckets(script, read, tmp_path, said, pictures):
     assert list(dataset.sizes) == [(32, 96)] * 3 + [(96, 32)] * 2 + [(64, 64)] * 2
     assert said.messages[-1].endswith("(height, width): {(32, 96): 3, (96, 32): 2, (64, 64): 2}")
     paths = sorted(pictures(9).iterdir())
-    dataset.add_images("class", "--class_data_dir", paths, ["a dog"] * 9)
+    dataset.add_images("class", "--class_data_dir", paths, [("a dog",)] * 9)
     for processes in (1, 2):
-        batches = list(script.EpochSampler(dataset.args, dataset, processes))
+        batches = script.order_epoch(dataset.args, dataset, processes, 0)
         used = Counter(index for batch in batches for _, index, copy in batch if not copy)
         assert used == Counter(range(9))  # nine class images; instance images 0 and 1 meet two of them
         assert {len(batch) for batch in batches} == {2}
@@ -139,7 +172,7 @@ def test_caption_dropout(script, read, monkeypatch, run, pictures):
 def test_held_out_loss_is_a_curve_without_noise(script, run, pictures, monkeypatch):
     """Weights that stand still have the same loss each time; that of the updates jumps."""
     rows = []
-    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: rows.append(dict(values)))
+    monkeypatch.setattr(script, "log_figures", lambda accelerator, state, figures: rows.append(dict(figures)))
     flags = {"validation_data_dir": pictures(2, seed=7), "validation_epochs": 1, "num_train_epochs": 3}
     out = run(script, **flags, max_train_steps=None, learning_rate=0)
     held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
@@ -201,6 +234,29 @@ def test_scaled_photos_stay_in_memory_as_long_as_there_is_room(script, read, pho
         assert torch.equal(crop, script.crop_image(scaled, (256, 256), generator, False, False))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("shape", [(3, 90), (900, 40)])
+def test_a_very_long_image_is_cropped_before_it_is_scaled(script, mode, shape):
+    """To the pixels that the whole scaled image would have there. 1 x 5000 pixels took 4 GB and 94 s."""
+    values = np.random.default_rng(0).integers(0, 256, (*shape, len(mode)), np.uint8)
+    size = (48, 32)
+    long = script.scale_image(Image.fromarray(values), size)
+    assert np.array_equal(long, values)
+    scaled = script.cover(*shape, size)
+    bands = [Image.fromarray(values[:, :, band]) for band in range(len(mode))]
+    whole = np.dstack([band.resize(scaled[::-1], Image.Resampling.BILINEAR) for band in bands])
+    for seed, center in enumerate([False, False, False, True]):
+        crops = []
+        for pixels in (long, whole):
+            generator = torch.Generator().manual_seed(seed)
+            crops.append(script.crop_image(pixels, size, generator, center, True).int())
+        assert crops[0].shape == (len(mode), *size)
+        assert (crops[0] - crops[1]).abs().max() <= 1
+    thread = Image.fromarray(np.arange(5000, dtype=np.uint8).reshape(5000, 1))
+    crop = script.crop_image(script.scale_image(thread, (512, 512)), (512, 512), torch.Generator(), True, False)
+    assert crop.shape == (3, 512, 512)
+
+
 def test_dry_run(script, run, monkeypatch, capsys, tmp_path, said):
     """Everything is read but the weights, nothing is created, and the numbers are those that a run then has."""
     paint(tmp_path / "data", [(64, 64), (64, 32), (32, 64)])
@@ -220,7 +276,7 @@ def test_dry_run(script, run, monkeypatch, capsys, tmp_path, said):
     assert "updates: 8, which is 4.0 epochs of 2\n" in text
     assert any(line.endswith("2 different prompts, 1 of them cut") for line in said.messages)
     assert {path.name for path in out.iterdir()} == {"dry_run.png"}
-    assert f"drawn:   {out / 'dry_run.png'}, cropped as in the first epoch" in text
+    assert "drawn:   dry_run.png in --output_dir, cropped as in the first epoch" in text
     pixels = Image.open(out / "dry_run.png").convert("RGB")
     assert {pixels.getpixel((104 + 208 * column, 20)) for column in (0, 1)} == {(0, 0, 0), (20, 20, 20)}
     counts, points, make_optimizer, log_update = [], [], script.make_optimizer, script.log_update
@@ -232,5 +288,5 @@ def test_dry_run(script, run, monkeypatch, capsys, tmp_path, said):
     monkeypatch.setattr(script, "make_optimizer", counted)
     monkeypatch.setattr(script, "log_update", lambda *rest: points.append(rest[-1].step) or log_update(*rest))
     run(script, **flags)
-    assert f"trained: {counts[0]:,} parameters of transformer, text_encoder, text_encoder_2" in text
+    assert f"trained: {counts[-1]:,} parameters of transformer, text_encoder, text_encoder_2" in text
     assert points == [1, 2, 3, 4, 5, 6, 7, 8]

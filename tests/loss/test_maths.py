@@ -432,9 +432,9 @@ class Items:
         return 32, 32 + 16 * (index % self.sizes)
 
 
-def sampler_of(script, items, batch, processes, accumulation=1, seed=5):
+def batches_of(script, items, batch, processes, accumulation=1, epoch=0, done=0, seed=5):
     args = SimpleNamespace(seed=seed, train_batch_size=batch, gradient_accumulation_steps=accumulation)
-    return script.EpochSampler(args, items, processes)
+    return script.order_epoch(args, items, processes, epoch, done)
 
 
 def indices(batches):
@@ -444,41 +444,44 @@ def indices(batches):
 SAMPLERS = list(itertools.product([1, 4, 7, 12], [1, 2, 3], [1, 2, 3]))
 
 
+@pytest.mark.parametrize("kind", ["lora"])
 @pytest.mark.parametrize("sizes", [1, 3])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(("length", "batch", "processes"), SAMPLERS)
-def test_epoch_sampler(script, length, batch, processes, accumulation, sizes):
-    """Every index once an epoch, in batches of one size; they are full, and so are updates, by copies of the last."""
+def test_order_of_an_epoch(script, length, batch, processes, accumulation, sizes):
+    """Every index once an epoch, in updates of one size; they are full, by copies of the last."""
     items = Items(length, sizes)
-    sampler = sampler_of(script, items, batch, processes, accumulation)
+    kinds = [script, items, batch, processes, accumulation]
+    update = processes * accumulation
     epochs = []
     for epoch in range(3):
-        sampler.epoch, sampler.start = epoch, 0
-        batches = list(sampler)
-        assert len(batches) == len(sampler) and len(batches) % (processes * accumulation) == 0
+        batches = batches_of(*kinds, epoch)
+        assert len(batches) % update == 0
         assert {len(places) for places in batches} == {batch}
         assert {place[0] for places in batches for place in places} == {epoch}
         epochs.append(indices(batches))
         assert sorted(epochs[-1]) == list(range(length))
         all_places = [place for places in batches for place in places]
         assert len(set(all_places)) == len(all_places), "a copy is drawn anew"
-        for first in range(0, len(batches), processes):
-            group = batches[first : first + processes]
+        for first in range(0, len(batches), update):
+            group = batches[first : first + update]
             assert len({items.size(index) for places in group for _, index, _ in places}) == 1
-        for start in range(len(batches) // processes + 1):
-            sampler.start = start
-            assert list(sampler) == batches[start * processes :]
+        for done in range(len(batches) // update + 1):
+            assert batches_of(*kinds, epoch, done) == batches[done * update :]
     if length > 4 * min(sizes, 2):
         assert len({tuple(order) for order in epochs}) == 3, "each epoch has an order of its own"
-        assert indices(sampler_of(script, items, batch, processes, accumulation, seed=6)) != epochs[0]
-    assert indices(sampler_of(script, items, batch, processes, accumulation)) == epochs[0]
+        assert indices(batches_of(*kinds, seed=6)) != epochs[0]
+    assert indices(batches_of(*kinds)) == epochs[0]
 
 
-def test_updates_have_the_same_images_however_they_are_shared_out(script):
-    """Twelve an update, of seventeen images in three sizes."""
+@pytest.mark.parametrize("sizes", [1, 3])
+def test_updates_have_the_same_images_however_they_are_shared_out(script, sizes):
+    """Twelve an update, of seventeen images."""
     shares = [(12, 1, 1), (6, 2, 1), (6, 1, 2), (2, 3, 2), (1, 4, 3), (3, 1, 4)]
     updates = []
     for batch, processes, accumulation in shares:
-        places = [place for batch in sampler_of(script, Items(17), batch, processes, accumulation) for place in batch]
+        places = [
+            place for batch in batches_of(script, Items(17, sizes), batch, processes, accumulation) for place in batch
+        ]
         updates.append([places[first : first + 12] for first in range(0, len(places), 12)])
     assert updates == updates[:1] * len(shares)

@@ -29,7 +29,7 @@ def write(script, argv, tmp_path):
             PartialState(cpu=True)  # for what is logged
             args = script.parse_args(argv(output_dir=out, **flags))
             parts = script.read_pipeline(args)
-            script.write_card(args, parts, "user/dog", SimpleNamespace(step=7), [out / name for name in images])
+            script.write_card(args, parts, "user/dog", script.Progress({}, [], 7, 7), [out / name for name in images])
         return out / "README.md"
 
     return write
