@@ -601,7 +601,7 @@ class DreamBoothDataset:
             if dropped and kind == "instance":
                 prompt = ""
             if self.moments:
-                data = self.moments[kind, number, size]["moments"][0]
+                data = self.moments[kind, number, size]["moments"]
             else:
                 data = self.pixels(kind, number, size, seed)
             examples.append({"data": data, "prompt": prompt, "seed": seed})
@@ -679,7 +679,7 @@ class TensorFolder:
             some = mine[first : first + batch]
             made = make(some)
             for number, key in enumerate(some):
-                tensors = {name: tensor[number : number + 1].cpu().contiguous() for name, tensor in made.items()}
+                tensors = {name: tensor[number].cpu().contiguous() for name, tensor in made.items()}
                 with or_refuse(f"{self.folder} cannot be written"):
                     save_file(tensors, self.path(key))
         accelerator.wait_for_everyone()
@@ -848,12 +848,8 @@ def load_part(args, parts, name, checkpoint=None, **options):
                 **options,
             )
             return part.requires_grad_(False)
-        # Built on the meta device, the transformer is loaded faster and without a second copy.
-        modern = utils.compare_versions("diffusers", ">=", "0.40.0")
-        on_meta = name == "transformer" and modern and not options.get("quantization_config")
-        options |= source_of(args, name)
-        with torch.device("meta") if on_meta else contextlib.nullcontext():
-            part, info = part_class.from_pretrained(model, **options, output_loading_info=True)
+        options |= source_of(args, name) | {"output_loading_info": True}
+        part, info = part_class.from_pretrained(model, **options)
         wrong = sum(map(list, info.values()), [])  # keys that are missing, unexpected, of another shape
         if wrong and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {wrong[0]}, {len(wrong)} in all")
@@ -962,13 +958,12 @@ class PromptTable:
             training_utils.free_memory()
 
     def report_cut(self, prompts):
-        """Warns of prompts that CLIP or T5 cannot read to the end, ten at most, with the words that are lost."""
+        """Warns of prompts that an encoder cannot read to the end, ten at most, with the words that are lost."""
         cut = {}
-        for name in sorted({"text_encoder", "text_encoder_3"} & self.tokenizers.keys()):
-            tokenizer = self.tokenizers[name]
+        for name, tokenizer in self.tokenizers.items():  # T5 comes last: what it loses, CLIP loses too
             for prompt in prompts:
                 lost = tokenizer(prompt, verbose=False).input_ids[tokenizer.model_max_length - 1 : -1]
-                if lost:  # what T5 loses, CLIP loses too
+                if lost:
                     cut[prompt] = f"{name} loses {tokenizer.decode(lost)!r}"
         for prompt in list(cut)[:10]:
             log.warning(f"the prompt {prompt[:60]!r} is too long: {cut[prompt]}")
@@ -986,11 +981,7 @@ class PromptTable:
         """One encoder's part of the text, computed if the encoder is trained, else looked up."""
         if name in self.trained:
             return self.encode(prompts, self.trained[name], name)
-        found = [self.look_up(name, prompt) for prompt in prompts]
-        parts = {}
-        for part in found[0]:
-            parts[part] = torch.cat([each[part] for each in found])
-        return parts
+        return torch.utils.data.default_collate([self.look_up(name, prompt) for prompt in prompts])
 
     def __call__(self, prompts):
         """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts.
@@ -1484,14 +1475,8 @@ def make_optimizer(args, accelerator, models):
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        return Prodigy(
-            groups,
-            **shared,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
+        names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+        return Prodigy(groups, **shared, **{name: getattr(args, f"prodigy_{name}") for name in names})
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
