@@ -297,6 +297,7 @@ def test_files_of_others_are_left_alone(script, kind, run, monkeypatch, tmp_path
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(Path, "chmod", chmod)
+    monkeypatch.setattr(script.time, "sleep", None)  # it does not wait for another file system
     run(script, max_train_steps=1, checkpointing_steps=1, output_dir=tmp_path / "other")
 
 
