@@ -569,9 +569,10 @@ class DreamBoothDataset:
 
     def has_fixed_crops(self):
         """Whether each image is always seen in the same crop, and there are few enough to stay in memory."""
-        if self.args.random_flip or len(self.scaled) < sum(map(len, self.images.values())):
+        if self.args.random_flip or len(self.kept) < sum(map(len, self.images.values())):
             return False
-        whole = all(pixels.shape[:2] == size for (*_, size), pixels in self.scaled.items())
+        height, width = self.buckets[0]
+        whole = all(image.width * height == image.height * width for image in self.kept.values())
         return self.args.center_crop or (whole and len(self.buckets) == 1)
 
     def __getitem__(self, place):
