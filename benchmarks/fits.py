@@ -45,6 +45,7 @@ GIB = 2**30
 HALF = torch.bfloat16
 CARDS = (8, 12, 16, 24, 48, 80)
 MARGIN, SHARE = 1.0, 0.97  # of a card in GB: judged, see the docstring
+WORKSPACE = {"encode": 500, "decode": 2000}  # bytes a pixel that cuDNN's convolutions took beside it on an H100
 TOKENS = 77
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=HALF)
 FUSED = "--fused_backward_pass --max_grad_norm inf"
@@ -59,13 +60,21 @@ WAYS = {  # what is trained: rank of LoRA or 0, and flags, or how the base is ke
     "all, fused, 8-bit": (0, f"--use_8bit_adam {FUSED}"),
     "all, bf16, fused, 8-bit": (0, f"--use_8bit_adam {FUSED} --full_bf16"),
 }
-ATTENTION = {  # operations of the CPU's kernels, which torch does not count
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **rest: sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **rest: (
-        sdpa_backward_flop_count(*shapes[:4])
-    ),
-}
 RATES = {"RTX 3060": 51, "RTX 3090": 71, "RTX 4090": 165, "L4": 121, "A100": 312, "H100": 989}  # TFLOP/s, dense bf16
+
+
+def attention_forward(query, key, value, *rest, **options):
+    return sdpa_flop_count(query, key, value)
+
+
+def attention_backward(gradient, query, key, value, *rest, **options):
+    return sdpa_backward_flop_count(query, query, key, value)
+
+
+ATTENTION = {  # operations of the CPU's kernels, which torch does not count
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
 
 
 @dataclasses.dataclass
