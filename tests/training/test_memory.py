@@ -48,10 +48,6 @@ def test_stages(script, kind, run, loads, pictures, tmp_path, case):
         (tmp_path / path.name).with_suffix(".txt").write_text(f"a dog called {path.stem}")
     run(script, max_train_steps=1, output_dir=tmp_path / "out", **flags)
     expected = [(name, {}) for name in MODELS[:4] if name != "text_encoder_3" or "no_t5" not in flags]
-    if kind == "full":  # the parts that are not trained go to the result while there is memory for them
-        result, loads = loads[len(expected) : -1], [*loads[: len(expected)], loads[-1]]
-        assert sorted(name for name, _, _ in result) == sorted(name for name, _ in expected)
-        assert all(there == {"vae": "cpu"} for _, there, _ in result)
     assert [(name, there) for name, there, _ in loads] == [*expected, ("transformer", {"vae": "cpu"})]
     frozen = "bfloat16" if "mixed_precision" in flags else "float32"
     trained = frozen if kind == "lora" else "float32"  # the base of adapters is frozen
