@@ -2089,7 +2089,7 @@ import torch
 
 pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
 {RESULT["usage"].format(repository)}
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+pipeline.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
 pipeline({prompts[0]!r}, **size).images[0].save("image.png")
 ```
@@ -2484,8 +2484,8 @@ def log_update(accelerator, optimizer, figures, state):
     state.memory_gb = peak_memory_gb(accelerator.device)
     state.losses.append(figures["loss"])
     average = float(np.ma.masked_invalid(state.losses[-100:]).mean())
-    figures |= {"loss_average": average, "seconds_per_update": seconds, "memory_gb": state.memory_gb}
-    log_figures(accelerator, state, figures)
+    figures["loss_average"] = average
+    log_figures(accelerator, state, figures | {"seconds_per_update": seconds, "memory_gb": state.memory_gb})
     shown = {"loss": figures["loss"], "average": average, "lr": figures["lr"], "seconds": seconds}
     state.bar.set_postfix(shown, gb=state.memory_gb, refresh=False)
     state.bar.update()

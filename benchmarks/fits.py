@@ -236,7 +236,7 @@ def fake_run(size, px, batch, way, checkpointing):
             script.load_part, script.SwappedBlocks = load_part, swapped
 
 
-def count_training(size, px, batch, way, checkpointing):
+def count_training(size, px, batch, way, checkpointing, mode=FakeTensorMode):
     """GiB of an update whose optimizer has its state, of a step of drawing after it, and what stays; TFLOP."""
     as_on_cuda()
     vae_config = sketch(size, "vae").config
@@ -245,12 +245,13 @@ def count_training(size, px, batch, way, checkpointing):
         accelerator.device_placement = False  # fake tensors cannot be moved in place
         parts = script.read_pipeline(args)
         with torch.device("meta"):
-            targets = script.choose_targets(args, parts, accelerator)
+            targets = script.choose_targets(args, parts, accelerator, None)
             models = script.load_trained(args, parts, accelerator, targets, None)
         model = models["transformer"]
-        with FakeTensorMode():
+        with mode():
             give_tensors(model)
-            text = torch.zeros(batch, 2 * TOKENS, 4096, dtype=HALF), torch.zeros(batch, 2048, dtype=HALF)
+            widths = model.config.joint_attention_dim, model.config.pooled_projection_dim
+            text = torch.zeros(batch, 2 * TOKENS, widths[0], dtype=HALF), torch.zeros(batch, widths[1], dtype=HALF)
             scheduler = types.SimpleNamespace(timesteps=torch.zeros(1000), sigmas=torch.ones(1000))
             frozen = types.SimpleNamespace(embed=lambda prompts: text, scheduler=scheduler)
             if WAYS[way][1] == "ram":
