@@ -2282,7 +2282,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SI
 
 
 def catch_signals(cleanup):
-    """A list that signals put their number into, unless they are ignored (nohup); a second one ends the process."""
+    """A list that signals put their number into; a second one ends the process.
+
+    Those that are ignored (nohup) stay so, but for SIGUSR1: a launcher that it would end is started with it ignored.
+    """
     caught = []
     times = []
 
@@ -2298,7 +2301,7 @@ def catch_signals(cleanup):
     with contextlib.suppress(ValueError):  # outside the main thread Python cannot catch signals
         for number in SIGNALS:
             before = signal.getsignal(number)
-            if before != signal.SIG_IGN:
+            if before != signal.SIG_IGN or number.name == "SIGUSR1":
                 signal.signal(number, catch)
                 cleanup.callback(signal.signal, number, before)
     return caught
