@@ -375,10 +375,10 @@ def test_the_result_waits_for_room(script, kind, argv, monkeypatch, caplog, tmp_
     """A line a minute, until there is room or a signal comes."""
     waits, save = [], script.save_weights
 
-    def save_weights(args, accelerator, models, folder, parts=None):
+    def save_weights(*inputs):
         if len(waits) < 2:
             raise FULL
-        save(args, accelerator, models, folder, parts)
+        save(*inputs)
 
     def sleep(seconds):
         waits.append(seconds)
