@@ -139,3 +139,10 @@ def test_the_token_is_in_nothing_that_is_kept(script, argv):
     kept = script.describe_run(args, SimpleNamespace(num_processes=1), dataset)
     assert token not in repr(kept)
     assert vars(args).keys() - kept.keys() == {"hub_token"}
+
+
+def test_a_card_does_not_publish_where_the_run_wrote(script, run, tmp_path):
+    out = run(script, max_train_steps=1, output_dir=tmp_path / "dog-of-mine")
+    text = (out / "README.md").read_text()
+    assert str(tmp_path) not in text
+    assert " - dog-of-mine\n" in text

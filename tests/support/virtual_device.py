@@ -427,8 +427,8 @@ def try_out():
 def serve():
     """Runs a script for each line of standard input, and answers with a line, both JSON; the first answer is "ready".
 
-    A line is [free bytes, path, flags]. The answer has "error", empty or a traceback, and "waits": how often the host had waited
-    for the device, after each step of the optimizer.
+    A line is [free bytes, path, flags]. The answer has "error", empty or a traceback, and "waits": how often the host
+    had waited for the device, after each step of the optimizer.
     """
     answers, sys.stdout = sys.stdout, sys.stderr
     try:

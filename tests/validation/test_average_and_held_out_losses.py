@@ -12,11 +12,14 @@ LEVELS = [f"validation_loss_{level}" for level in range(1, 9)]
 
 
 def test_the_average_is_that_of_the_last_100_finite_losses(script, monkeypatch):
-    rows, shown = [], []
+    rows, shown = [], {}
     monkeypatch.setattr(script, "peak_memory_gb", lambda device: 1.0)
     state = script.Progress({}, [], 0, 250)
-    state.bar = SimpleNamespace(update=lambda: None, set_postfix=lambda **figures: shown.append(figures))
-    accelerator = SimpleNamespace(device=None, log=lambda figures, step: rows.append(figures))
+    state.bar = SimpleNamespace(
+        update=lambda: None, set_postfix=lambda *figures, **more: shown.update(*figures, **more)
+    )
+    tracker = SimpleNamespace(name="one", log=lambda figures, step: rows.append(figures))
+    accelerator = SimpleNamespace(device=None, trackers=[tracker])
     optimizer = SimpleNamespace(param_groups=[{"name": "transformer", "lr": 0.1}])
     losses = [float(number) for number in range(250)]
     losses[7], losses[200] = math.nan, math.inf
@@ -25,8 +28,8 @@ def test_the_average_is_that_of_the_last_100_finite_losses(script, monkeypatch):
     for number, row in enumerate(rows):
         last = [loss for loss in losses[max(number - 99, 0) : number + 1] if math.isfinite(loss)]
         assert row["loss_average"] == pytest.approx(sum(last) / len(last))
-    assert shown[-1]["average"] == rows[-1]["loss_average"]
-    assert shown[-1]["loss"] == 249
+    assert shown["average"] == rows[-1]["loss_average"]
+    assert shown["loss"] == 249
 
 
 def test_each_noise_level_is_logged_beside_the_mean(script, run, pictures, monkeypatch):
