@@ -16,7 +16,7 @@ Runs for a style, by measure_style, have a table of their own. The style is the 
 
 in the style            "neg of a red car at night" is nearer to the mean of such negatives than to the mean of the
                         world's own pictures
-content right           and turned back it shows thing, colour and place asked for, in combinations never trained on
+content right           and turned back it shows the thing asked for, in combinations never trained on
 without the phrase      "a photo of ...": nearer to the world's own pictures
 
 Everything is drawn from fixed seeds, in 14 steps: 28 give the same shares. Thing, colour and place are judged by
@@ -180,7 +180,9 @@ def measure_style(pipeline, classifier, count=32):
     in_style = [is_negative(*pair) for pair in zip(styled, asked, strict=True)]
     return {
         "in the style": share(in_style),
-        "content right": share(in_style, right(classifier, map(ImageOps.invert, styled), asked)),
+        "content right": share(
+            in_style, right(classifier, map(ImageOps.invert, styled), [{"thing": what["thing"]} for what in asked])
+        ),
         "without the phrase": share([not is_negative(*pair) for pair in zip(plain, asked, strict=True)]),
     }
 

@@ -58,24 +58,25 @@ def distance(pixels, bank):
 
 
 @torch.no_grad()
-def measure(pipeline, each):
-    """Pictures {"world", "VAE", "drawn"}, each (len(SHOWN), each, ...), and their measures."""
+def measure(pipeline, each, shown=SHOWN, count=BANK):
+    """Pictures {"world", "VAE", "drawn"}, each (len(shown), each, ...), and shares {set: (sharpness, likeness)}."""
     sets = {"world": [], "VAE": [], "drawn": []}
-    texts = [world.caption(what) for what in SHOWN]
+    texts = [world.caption(what) for what in shown]
     device = pipeline.transformer.device
-    for number, what in enumerate(SHOWN):
+    for number, what in enumerate(shown):
         own = pixels_of([world.picture(what, seed) for seed in range(each)]).to(device)
         sets["world"].append(own)
         latents = pipeline.vae.encode(own).latent_dist.mean
         sets["VAE"].append(pipeline.vae.decode(latents).sample.clamp(-1, 1))
         sets["drawn"].append(pixels_of(draw(pipeline, [texts[number]] * each)).to(device))
-    measures = {name: {"sharpness": 0.0, "distance": 0.0} for name in sets}
-    for number, what in enumerate(SHOWN):
-        bank = pixels_of([world.picture(what, f"bank {seed}") for seed in range(BANK)]).to(device)
+    sums = {name: [0.0, 0.0] for name in sets}
+    for number, what in enumerate(shown):
+        bank = pixels_of([world.picture(what, f"bank {seed}") for seed in range(count)]).to(device)
         for name, pictures in sets.items():
-            measures[name]["sharpness"] += sharpness(pictures[number])
-            measures[name]["distance"] += distance(pictures[number], bank)
-    return sets, measures
+            sums[name][0] += sharpness(pictures[number])
+            sums[name][1] += distance(pictures[number], bank)
+    sharp, far = sums["world"]
+    return sets, {name: (found[0] / sharp, far / found[1]) for name, found in sums.items()}
 
 
 def page_of(sets, cell=160):
@@ -100,10 +101,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     sets, measures = measure(load_pipeline(args.pipeline).to(args.device), args.each)
-    own = measures["world"]
     print("| | sharpness | likeness |\n|---|---|---|")
-    for name, found in measures.items():
-        sharp, like = found["sharpness"] / own["sharpness"], own["distance"] / found["distance"]
+    for name, (sharp, like) in measures.items():
         print(f"| {name} | {sharp:.0%} | {like:.0%} |")
     print(f"rows of the page: {', '.join(sets)}, drawn, drawn")
     if args.page:
