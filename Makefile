@@ -1,36 +1,44 @@
-# make demo, make test, make check and make format work on a fresh machine: each makes the environment it needs.
+# Each target works on a fresh machine: it makes the environment it needs.
 
 PYTHON ?= python3
 BIN := .venv/bin
 CODE := train_dreambooth_sd3.py train_dreambooth_lora_sd3.py tests demo benchmarks
+CORES ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+OLDEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(CORES) -m oldest
 
-.PHONY: demo test test-gpu test-oldest test-2025 golden check format
+.PHONY: help demo test test-gpu test-oldest test-2025 test-newest golden check format
 
-demo: .venv/ready
+help: ## this list
+	@sed -n 's/^\([a-z][^:]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "make %-24s%s\n", $$1, $$2}'
+	@echo "PYTHON=python3.12 names another Python, CORES=1 another number of processes for the tests (here $(CORES))"
+
+demo: .venv/ready ## a small training run to look at
 	$(BIN)/python demo/run.py
 
-test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: .venv/ready ## all tests, on every core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
-# With the oldest versions that requirements_sd3.txt allows, and with those of the end of 2025.
-test-oldest test-2025: test-%: .venv-%/ready
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 -m oldest
+test-oldest test-2025: test-%: .venv-%/ready ## the marked tests with the floors of requirements_sd3.txt; with those of the end of 2025
+	$(call OLDEST,.venv-$*)
 
-# Writes the losses and checkpoints that later versions are held against, where a change of them is meant.
-golden: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python tests/golden.py
+test-newest: .venv-newest/ready ## the marked tests with the newest versions that requirements_sd3.txt allows
+	$(call OLDEST,$(<D)) -k 'not test_what_is_installed'
+
+# Where a change of the losses or of the checkpoints' format is meant.
+golden: .venv/ready ## writes the losses and checkpoints that later versions are held against
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/support/golden.py
 
 # On the first card, or on the one that CUDA_VISIBLE_DEVICES names. cuBLAS reads its setting once, before a test asks.
-test-gpu: .venv/ready
-	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_gpu.py
+test-gpu: .venv/ready ## both scripts on a CUDA card against the CPU
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engines/test_gpu.py
 
-check: .venv/ready
+check: .venv/ready ## ruff: format, lint, complexity; vulture: dead code; codespell: misspelt words
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/vulture
 	$(BIN)/codespell
 
-format: .venv/ready
+format: .venv/ready ## ruff mends what it can
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
@@ -40,11 +48,17 @@ format: .venv/ready
 .venv-%/ready: constraints-%.txt requirements_sd3.txt requirements_dev.txt
 	$(environment)
 
+# Each time anew: what is newest changes. PIP_EXTRA_INDEX_URL may name an index with PyTorch for CPUs.
+.venv-newest/ready: requirements_sd3.txt requirements_dev.txt FORCE
+	$(environment)
+
+FORCE:
+
 define environment
 @command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.11 to 3.14, or name one: make PYTHON=..." >&2; exit 1; }
 @$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 15) or sys.exit(f"Python 3.11 to 3.14 is needed, $(PYTHON) is {v[0]}.{v[1]}: name another with make PYTHON=...")'
 test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-$(@D)/bin/python -m pip install --quiet -r requirements_sd3.txt -r requirements_dev.txt -c $<
+$(@D)/bin/python -m pip install --quiet -r requirements_sd3.txt -r requirements_dev.txt $(or $(patsubst %,-c %,$(filter constraints%,$^)),--upgrade)
 $(@D)/bin/python -m pip check
 @touch $@
 endef

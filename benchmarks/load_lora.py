@@ -79,7 +79,7 @@ def start(*words, **variables):
 
 
 def main(versions):
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/support"))
     import tiny_sd3
 
     with tempfile.TemporaryDirectory() as name:

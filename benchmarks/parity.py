@@ -24,7 +24,7 @@ import torch
 from torchvision_stand_in import install
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/support")]
 
 import conftest  # noqa: E402
 import tiny_sd3  # noqa: E402

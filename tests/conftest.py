@@ -271,12 +271,12 @@ def launch(tmp_path):
 
 
 def start_two_processes(folder, cases, *options, environment=None):
-    """Runs the cases of tests/ranks.py one after the other in two processes, and sees that all end as they should."""
+    """Runs the cases of support/ranks.py one after another in two processes, and sees that all end as they should."""
     path = Path(folder, "cases.json")
     path.write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
     done = subprocess.run(
-        [*command, str(ROOT / "tests/ranks.py"), str(path)],
+        [*command, str(ROOT / "tests/support/ranks.py"), str(path)],
         env=environment or {**os.environ, "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,

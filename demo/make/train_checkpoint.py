@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains the demo's small Stable Diffusion 3 pipeline on the picture world, from nothing, and writes demo/tiny-sd3.
 
-    python demo/train_checkpoint.py --work FOLDER
+    python demo/make/train_checkpoint.py --work FOLDER
 
 Four stages: the VAE, on pictures more varied than the world's; the latents of the training pictures, once; the
 VAE's decoder on such latents; and the transformer together with the three text encoders, by the rectified-flow loss.
@@ -17,11 +17,11 @@ import argparse
 import math
 import multiprocessing
 import random
+import sys
 import time
 from pathlib import Path
 
 import torch
-import world
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
 from tokenizers.pre_tokenizers import ByteLevel
@@ -34,7 +34,11 @@ from transformers import (
     T5Tokenizer,
 )
 
-HERE = Path(__file__).resolve().parent
+DEMO = Path(__file__).resolve().parent.parent
+sys.path.append(str(DEMO))
+
+import world  # noqa: E402
+
 TOKENS = 12  # of a prompt, for each of the three tokenizers
 VARIED = 12288  # pictures that the VAE is trained on
 PICTURES = 16384  # whose latents, and whose mirrored latents, the transformer is trained on
@@ -371,7 +375,7 @@ def main():
     parser.add_argument(
         "--work", type=Path, required=True, help="Folder for what an interrupted training goes on from."
     )
-    parser.add_argument("--output", type=Path, default=HERE / "tiny-sd3", help="Where the pipeline is written.")
+    parser.add_argument("--output", type=Path, default=DEMO / "tiny-sd3", help="Where the pipeline is written.")
     parser.add_argument("--vae_steps", type=int, default=1700)
     parser.add_argument("--decoder_steps", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=7500)

@@ -1,6 +1,6 @@
 """Runs the scripts several times over in one set of processes, and writes down what each process did.
 
-    torchrun --standalone --nproc_per_node 2 tests/ranks.py CASES.json
+    torchrun --standalone --nproc_per_node 2 tests/support/ranks.py CASES.json
 
 CASES.json lists {"script": "full" or "lora", "argv": [...], "record": path}, with "draw_fast" or not, and what a case
 needs besides: "exit", the code that it ends with; "tell", {"name", "call", "rank"}: SIGTERM reaches that rank within
@@ -19,7 +19,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_dreambooth_lora_sd3 as lora  # noqa: E402  before torch, as where it runs by itself
 import train_dreambooth_sd3 as full  # noqa: E402

@@ -1,7 +1,7 @@
 """A CUDA card that is not there: runs the scripts on it to find tensors, models and generators of the wrong device.
 
-    python tests/virtual_device.py train_dreambooth_sd3.py --flags
-    python tests/virtual_device.py          runs of the scripts, one a line of standard input: see `serve`
+    python tests/support/virtual_device.py train_dreambooth_sd3.py --flags
+    python tests/support/virtual_device.py          runs of the scripts, one a line of standard input: see `serve`
 
 The device is PyTorch's open one, PrivateUse1: to the dispatcher, autograd and autocast a device like any other, with
 memory of the CPU. One kernel serves all operators, `fallback`: it refuses arguments of two devices, as CUDA does, and
@@ -432,6 +432,7 @@ def serve():
     except Exception as error:
         print(json.dumps(f"{type(error).__name__}: {error}"), file=answers, flush=True)
         return
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
     from conftest import isolated, pytest
     from ranks import draw_fast
 

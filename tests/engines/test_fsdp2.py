@@ -17,14 +17,14 @@ CLIPPING = 0.5
 
 
 def environment():
-    """What `accelerate launch --config_file demo/accelerate/fsdp2.yaml` sets, and the shim to run without a GPU."""
-    section = yaml.safe_load((ROOT / "demo/accelerate/fsdp2.yaml").read_text())["fsdp_config"]
+    """What `accelerate launch --config_file configs/fsdp2.yaml` sets, and the shim to run without a GPU."""
+    section = yaml.safe_load((ROOT / "configs/fsdp2.yaml").read_text())["fsdp_config"]
     section["fsdp_transformer_cls_to_wrap"] = section.pop("fsdp_transformer_layer_cls_to_wrap")
     flags = {"ACCELERATE_USE_FSDP": True, "ACCELERATE_USE_CPU": False, **section}
     flags = {
         key.upper(): str(value).lower() if isinstance(value, bool) else str(value) for key, value in flags.items()
     }
-    return os.environ | flags | {"PYTHONPATH": str(ROOT / "tests/engines")}
+    return os.environ | flags | {"PYTHONPATH": str(ROOT / "tests/support/fsdp2_without_gpu")}
 
 
 def cases(home, model, images, processes):

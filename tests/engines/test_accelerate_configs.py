@@ -1,4 +1,4 @@
-"""demo/accelerate: files that `accelerate launch --config_file` reads as they were meant."""
+"""configs/: files that `accelerate launch --config_file` reads as they were meant."""
 
 import pytest
 import yaml
@@ -6,7 +6,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 
-FOLDER = ROOT / "demo/accelerate"
+FOLDER = ROOT / "configs"
 MEANT = {
     "one_gpu": ("NO", 1, {}),
     "several_gpus": ("MULTI_GPU", 2, {}),

@@ -1,6 +1,6 @@
 """What was is what is: the losses of 20 updates, and checkpoints of this format, which a later script still resumes.
 
-Where a change of the numbers is meant, `python tests/golden.py` writes them anew.
+Where a change of the numbers is meant, `make golden` writes them anew.
 """
 
 import json

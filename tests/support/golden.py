@@ -1,6 +1,6 @@
 """Losses of 20 updates and a small checkpoint of each script, kept so that a change of either is seen.
 
-    python tests/golden.py    # writes tests/golden.json and tests/checkpoints/ anew, where a change is meant
+    make golden    # writes golden.json and checkpoints/ beside this file anew, where a change is meant
 
 The base's weights and the pictures are drawn here by means that do not change with the libraries' versions.
 """

@@ -4,12 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS
+from conftest import ROOT, SCRIPTS
 
-ROWS = json.loads(Path(__file__).with_name("flags.json").read_text())
+ROWS = json.loads((ROOT / "tests/support/flags.json").read_text())
 MOVED = {"--cache_latents": "training"}  # it is no output
 RELAXED = {"--instance_prompt"}  # the table requires it; here captions can stand in for it
 VALUES = {"--precondition_outputs": ("0", 0), "--optimizer": ("AdamW", "adamw")}

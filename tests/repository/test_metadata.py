@@ -9,6 +9,7 @@ import tomllib
 from importlib.metadata import version
 
 import pytest
+import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -36,7 +37,7 @@ def test_metadata_is_the_requirements(script_path):
     assert 'target-version = "py311"' in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("path", ["README.md", "demo/launch/train.sbatch", "demo/launch/skypilot.yaml"])
+@pytest.mark.parametrize("path", ["README.md", "launch/train.sbatch", "launch/skypilot.yaml"])
 def test_remote_commands_have_flags_that_there_are(path, lora):
     text = (ROOT / path).read_text().replace("\\\n", " ")
     if path == "README.md":
@@ -51,7 +52,7 @@ def test_sbatch_requeues_a_run_that_its_signal_stopped(tmp_path):
     """With srun and scontrol of a few words: the signal's exit code leads back into the queue, another does not."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text("")
-    script = ROOT / "demo" / "launch" / "train.sbatch"
+    script = ROOT / "launch" / "train.sbatch"
     for code, requeued in ((138, True), (0, False), (1, False)):
         tools = f'srun() {{ return {code}; }}; scontrol() {{ echo "$@"; }}; export -f srun scontrol; '
         command = ["bash", "-c", f"{tools} SLURM_JOB_ID=7 bash {script}"]
@@ -80,6 +81,19 @@ def test_what_is_installed_is_what_an_environment_of_make_has():
     """The versions that the tests run with are those that are named."""
     sets = [dict(line.split("==") for line in read_requirements(path)) for path in ROOT.glob("constraints*.txt")]
     assert {name: version(name).split("+")[0] for name in sets[0]} in sets
+
+
+def test_the_citation_has_the_version_and_the_licence():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert "Apache License\n                           Version 2.0" in (ROOT / "LICENSE").read_text()
+
+
+def test_make_lists_its_targets():
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    named = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert not [target for target in named if not re.search(rf"^make .*\b{target}\b", listed, re.MULTILINE)]
 
 
 def test_the_newest_changes_are_those_of_the_version():

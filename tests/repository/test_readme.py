@@ -141,10 +141,10 @@ def test_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("https://")]
     for link in links:
         assert link[1:] in headings if link.startswith("#") else (ROOT / link).is_file(), link
-    for path in re.findall(r"`((?:demo|benchmarks|tests)/[\w./]*)`", TEXT):
+    for path in re.findall(r"`((?:benchmarks|configs|demo|launch|tests)/[\w./]*)`", TEXT):
         assert (ROOT / path).exists(), path
     files = set(re.findall(r"`(\w+\.yaml)`", TEXT.split("## Several GPUs")[1].split("```")[0]))
-    assert files == {path.name for path in (ROOT / "demo/accelerate").glob("*.yaml")}
+    assert files == {path.name for path in (ROOT / "configs").glob("*.yaml")}
 
 
 def test_python_blocks_compile():
