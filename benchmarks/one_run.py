@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Runs one of our scripts, with clocks in it, and prints what its updates cost as a line of JSON.
+"""Runs one of the scripts, measures its updates, and prints seconds and memory as one line of JSON.
 
     python benchmarks/one_run.py train_dreambooth_lora_sd3 --pretrained_model_name_or_path MODEL ...
 
-Seconds an update are the processor's on a CPU, so that other work on the machine counts little, and the clock's on a
-GPU. Memory is the peak of the process, or on a GPU of torch's tensors, in MiB: from the start to the last update, and
-of the updates after the first. The first updates, which warm up and compile, are left out of the times.
+On a GPU seconds are wall time. On a CPU they are processor time, which other work on the machine affects less. Memory
+is in MiB: torch's tensors on a GPU, else the whole process; the peak from start to finish, and the peak of the updates
+after the first. The first updates, which warm up and compile, are not timed.
 """
 
 import json
@@ -20,7 +20,7 @@ WARM_UP = 2
 
 
 def watch(script):
-    """Puts clocks into a script's module. Returns the readings of time and memory, filled as it runs."""
+    """Reads time and memory after each update of a script. Returns the list that the readings go into."""
     import torch
 
     gpu, readings, log_update = torch.cuda.is_available(), [], script.log_update
@@ -42,18 +42,10 @@ def watch(script):
     return readings
 
 
-def quantize_anywhere():
-    """Lets bitsandbytes quantise on a CPU, which it can do: diffusers' quantisers ask for a GPU."""
-    from diffusers.quantizers.bitsandbytes import bnb_quantizer
-
-    for name in ("BnB4BitDiffusersQuantizer", "BnB8BitDiffusersQuantizer"):
-        getattr(bnb_quantizer, name).validate_environment = lambda *args, **kwargs: None
-
-
 def measure(script, flags, environment=None, seconds=None):
-    """Figures of a run in a process of its own, which is ended after `seconds` with subprocess.TimeoutExpired.
+    """Figures of a run in a process of its own.
 
-    Errors: RuntimeError with the end of its output where it fails.
+    Errors: subprocess.TimeoutExpired after `seconds`, RuntimeError with the end of its output if the run fails.
     """
     command = [sys.executable, __file__, script, *map(str, flags)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=seconds)
@@ -65,8 +57,6 @@ def measure(script, flags, environment=None, seconds=None):
 def main(name, *flags):
     sys.path.insert(0, str(ROOT))
     script = import_module(name)
-    if "--bnb_quantization_config_path" in flags:
-        quantize_anywhere()
     readings = watch(script)
     script.main(script.parse_args(flags))
     times, peaks = zip(*readings, strict=True)
