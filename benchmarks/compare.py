@@ -4,9 +4,9 @@
     python benchmarks/compare.py --other PATH/train_dreambooth_lora_sd3.py --size small -- --max_train_steps 20
 
 Both scripts get the flags after `--`, and the model, pictures and prompt that this program makes. It measures wall
-time in seconds, from the start of the process to its end; the time to the first update and updates per second after it,
-from the progress bar; and the peak resident memory of the process in MiB, with the GPU's if nvidia-smi is there. Each
-row has the medians of the runs and their ratio, ours / other.
+time in seconds, from the start of the process to its end; the time to the first update and updates per second after
+it, from the progress bar; and the peak resident memory of the process in MiB, with the GPU's if nvidia-smi is there.
+Each row has the medians of the runs and their ratio, ours / other.
 
 --runner PROGRAM runs the other script if it cannot run by itself on this machine.
 """
