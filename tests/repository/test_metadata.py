@@ -1,4 +1,4 @@
-"""What lets a script run alone: its inline metadata (PEP 723) and the requirements that it repeats."""
+"""What lets a script run alone: its inline metadata (PEP 723) and the requirements, which must agree."""
 
 import re
 import shlex
