@@ -56,8 +56,8 @@ from pathlib import Path
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
-LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+LR_SCHEDULERS = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split()
+TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio".split()
 METHOD = "dreambooth-sd3-lora"
 PRECISIONS = ("no", "fp32", "fp16", "bf16")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
@@ -65,7 +65,7 @@ WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
 def refuse(message):
     """Prints one line and exits with code 2; if all processes fail alike, only local rank 0 prints."""
-    if int(os.environ.get("LOCAL_RANK", 0)):
+    if int(os.environ.get("LOCAL_RANK") or 0):
         time.sleep(2)  # the launcher should have killed this process by then
     line = " ".join(str(message).split())
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
@@ -74,18 +74,27 @@ def refuse(message):
 
 @contextlib.contextmanager
 def or_refuse(what):
-    """Turns any exception into a one-line error: damaged files and unreachable servers can raise anything."""
+    """Turns any exception into a one-line error: damaged files and unreachable servers can raise anything.
+
+    With SHOW_TRACEBACKS in the environment it stays as it is, for whoever changes the code.
+    """
     try:
         yield
     except Exception as error:
+        if "SHOW_TRACEBACKS" in os.environ:
+            raise
         refuse(f"{what} ({type(error).__name__}: {error})")
 
 
+def utf8(text):
+    """Value of a flag that is a text. Errors: ValueError for bytes that are none."""
+    text.encode()
+    return text
+
+
 def boolean(text):
-    """Value of a true/false flag; with type=bool argparse would read 'False' as true."""
-    if text.lower() not in {"true", "false", "1", "0", "yes", "no"}:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in {"true", "1", "yes"}
+    """Value of a true/false flag; with type=bool argparse would read 'False' as true. Errors: ValueError."""
+    return ("false", "0", "no", "true", "1", "yes").index(text.lower()) >= 3
 
 
 def in_range(kind, low, below=1e30):
@@ -103,7 +112,6 @@ def in_range(kind, low, below=1e30):
 
 STEPS = in_range(int, 1)
 COUNT = in_range(int, 1, 10_001)
-NUMBER = in_range(float, -1e30)
 AMOUNT = in_range(float, 0.0)
 POSITIVE = in_range(float, 1e-30)
 NORM = in_range(float, 1e-30, math.inf)
@@ -119,7 +127,7 @@ def add_group(parser, title):
     """A function that adds a flag to a new group: its name, its help, its type (bool: a switch) and its default."""
     group = parser.add_argument_group(title)
 
-    def add(name, text, kind=str, default=None, **options):
+    def add(name, text, kind=utf8, default=None, **options):
         if kind is bool:
             group.add_argument(name, help=text, action="store_true")
             return
@@ -133,6 +141,8 @@ def add_group(parser, title):
 def add_input_flags(parser):
     add = add_group(parser, "model")
     add("--pretrained_model_name_or_path", "Hub id or folder of an SD3 model.", required=True)
+    own = "Folder of a pipeline, or a .safetensors file, that the transformer is taken from."
+    add("--pretrained_transformer_model_name_or_path", own, os.path.abspath)
     add("--revision", "Hub revision of every part of the model.")
     add("--variant", "Variant of the model's weight files, such as fp16.")
     add("--cache_dir", "Where downloaded models and datasets are kept.")
@@ -142,8 +152,8 @@ def add_input_flags(parser):
     add("--dataset_name", "Hub id or folder of an image dataset, read by the datasets library.")
     add("--dataset_config_name", "Configuration of that dataset.")
     add("--instance_data_dir", "Folder with the subject's images, in place of --dataset_name.")
-    add("--dataset_split", "Split of that dataset.", str, "train")
-    add("--image_column", "Dataset column with the images.", str, "image")
+    add("--dataset_split", "Split of that dataset.", utf8, "train")
+    add("--image_column", "Dataset column with the images.", utf8, "image")
     add("--caption_column", "Dataset column with one caption per image; empty ones use --instance_prompt.")
     add("--repeats", "How often each instance image occurs in an epoch.", COUNT, 1)
     add("--instance_prompt", "Prompt of images without a caption: 'a photo of sks dog'.")
@@ -179,6 +189,7 @@ def add_method_flags(parser):
     add("--lora_blocks", "Blocks that get adapters, such as 0,3 or 12-24; unset: all.")
     add("--upcast_before_saving", "Save the final adapters in float32.", bool)
     add("--bnb_quantization_config_path", "JSON of a BitsAndBytesConfig: 8- or 4-bit base, GPU.")
+    add("--blocks_to_swap", "Blocks whose weights wait in RAM; needs --gradient_checkpointing.", in_range(int, 0), 0)
     add("--init_lora", "Adapters to start from, file or folder, of the same layers and rank.")
     preservation = "Weight of a loss that keeps predictions for --class_prompt close to the base model's."
     add("--output_preservation_weight", preservation, AMOUNT, 0.0)
@@ -204,11 +215,11 @@ def add_training_flags(parser):
     add("--local_rank", "Accepted from old launchers; LOCAL_RANK is what counts.", int, -1)
 
     add = add_group(parser, "loss")
-    add("--weighting_scheme", "SD3 paper, 3.1; none: uniform.", str, "logit_normal", choices=WEIGHTINGS)
+    add("--weighting_scheme", "SD3 paper, 3.1; none: uniform.", utf8, "logit_normal", choices=WEIGHTINGS)
     add("--training_shift", "Shift of the noise levels; unset: the scheduler's, 3 in SD3.", POSITIVE)
-    add("--logit_mean", "Mean of the logit-normal density.", NUMBER, 0.0)
+    add("--logit_mean", "Mean of the logit-normal density.", in_range(float, -1e30), 0.0)
     add("--logit_std", "Standard deviation of the logit-normal density.", POSITIVE, 1.0)
-    add("--mode_scale", "Scale of the mode density.", NUMBER, 1.29)
+    add("--mode_scale", "Scale of the mode density.", in_range(float, -1.0, 1.752), 1.29)
     add("--precondition_outputs", "1 compares clean latents, 0 velocities.", int, 1, choices=(0, 1))
 
     add = add_group(parser, "optimizer")
@@ -216,7 +227,7 @@ def add_training_flags(parser):
     add("--learning_rate", "Learning rate after warm-up.", AMOUNT, 1e-4)
     add("--text_encoder_lr", "Text encoders' rate; prodigy takes --learning_rate.", AMOUNT, 5e-6)
     add("--scale_lr", "Multiply --learning_rate by processes, accumulation and batch size.", bool)
-    add("--lr_scheduler", "Shape of the learning rate over the run.", str, "constant", choices=LR_SCHEDULERS)
+    add("--lr_scheduler", "Shape of the learning rate over the run.", utf8, "constant", choices=LR_SCHEDULERS)
     add("--lr_warmup_steps", "Updates of warm-up.", in_range(int, 0), 500)
     add("--lr_num_cycles", "Restarts of cosine_with_restarts.", COUNT, 1)
     add("--lr_power", "Power of polynomial.", AMOUNT, 1.0)
@@ -234,18 +245,18 @@ def add_training_flags(parser):
 
 def add_output_flags(parser):
     add = add_group(parser, "validation")
-    add("--validation_prompt", "Prompt of the images drawn during training and at the end.")
+    add("--validation_prompt", "Prompts of the images drawn during training and at the end.", nargs="+")
     add("--validation_data_dir", "Held-out images: their loss at fixed noise is logged.")
-    add("--num_validation_images", "Number of images each time.", COUNT, 4)
+    add("--num_validation_images", "Number of images of each prompt, each time.", COUNT, 4)
     add("--validation_epochs", "Draw after the first epoch and then every so many.", STEPS, 50)
-    add("--validation_num_inference_steps", "Denoising steps; unset: the pipeline's.", COUNT)
-    add("--validation_guidance_scale", "Guidance; unset: the pipeline's; Turbo needs 0.", AMOUNT)
+    add("--validation_num_inference_steps", "Denoising steps.", COUNT, 28)
+    add("--validation_guidance_scale", "Guidance; Turbo needs 0.", AMOUNT, 7.0)
     add("--skip_final_inference", "Draw no images at the end.", bool)
 
     add = add_group(parser, "output")
-    add("--output_dir", "Where everything is written.", str, "sd3-dreambooth")
-    add("--logging_dir", "The trackers' folder inside output_dir.", str, "logs")
-    add("--report_to", f"Some of {','.join(TRACKERS)}; or all, none.", str, "tensorboard")
+    add("--output_dir", "Where everything is written.", utf8, "sd3-dreambooth")
+    add("--logging_dir", "The trackers' folder inside output_dir.", utf8, "logs")
+    add("--report_to", f"Some of {','.join(TRACKERS)}; or all, none.", utf8, "tensorboard")
     add("--tracker_project_name", "The trackers' project.")
     add("--tracker_run_name", "The run's name in wandb and in logging_dir.")
     add("--checkpointing_steps", "Updates between checkpoints.", STEPS, 500)
@@ -258,14 +269,20 @@ def add_output_flags(parser):
     add("--hub_private_repo", "Make the repository private when it is created.", bool)
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong flag in one line, where argparse would print its usage first."""
+
+    def error(self, message):
+        refuse(message)
+
+
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+    parser = Parser(
+        description=(__doc__ or METHOD).splitlines()[0],  # `python -OO` takes the docstring away
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT ...",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = refuse  # one line, where argparse would print its usage first
     add_input_flags(parser)
     add_training_flags(parser)
     add_output_flags(parser)
@@ -277,17 +294,25 @@ def check_data_flags(args):
     """Refuses data flags that contradict each other and folders that are not there."""
     if bool(args.dataset_name) == bool(args.instance_data_dir):
         refuse("--dataset_name, --instance_data_dir: give exactly one of the two")
-    for name in ("instance_data_dir", "validation_data_dir", "class_data_dir"):
+    output = Path(args.output_dir).resolve()
+    drawn = Path(args.class_data_dir or os.devnull).resolve()
+    if drawn == output:
+        refuse(
+            f"--class_data_dir is --output_dir {args.output_dir!r}: the next run would train on what this one draws"
+        )
+    for name in ("instance_data_dir", "dataset_name", "validation_data_dir"):
         folder = getattr(args, name)
         if not folder:
             continue
-        if Path(folder).resolve() == Path(args.output_dir).resolve():
+        path = Path(folder).resolve()
+        if path == output:
             refuse(f"--{name} is --output_dir {args.output_dir!r}: the next run would train on what this one draws")
-        if name != "class_data_dir" and not Path(folder).is_dir():
+        if path.is_relative_to(drawn) or drawn.is_relative_to(path):
+            refuse(
+                f"--class_data_dir {args.class_data_dir!r} overlaps --{name}: give class images a folder of their own"
+            )
+        if name != "dataset_name" and not os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises on a long name
             refuse(f"--{name} {folder!r} is not a folder: give the folder with the images")
-    if args.resolution % 16:
-        near = round(args.resolution / 16) * 16
-        refuse(f"--resolution {args.resolution} is not a multiple of 16 (VAE 8, patch 2): {near} is the nearest")
 
 
 def check_class_flags(args):
@@ -341,6 +366,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds: --he
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about a missing torchvision, which is not needed
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # the libraries' progress bars: one process is enough
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a CPU kernel that is not needed
 
 import huggingface_hub
 import numpy as np
@@ -351,23 +377,32 @@ from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
-from diffusers.utils import hub_utils, make_image_grid
+from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
+
+with contextlib.suppress(ImportError):  # if it is there, Pillow reads the photos of iPhones
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 log = get_logger(__name__)
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"}
+IMAGE_SUFFIXES = ".jpg .jpeg .jfif .png .webp .avif .heic .heif .bmp .gif .tif .tiff".split()
 CAPTION_SUFFIXES = (".txt", ".caption")
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # what makes a folder an imagefolder dataset
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as in an imagefolder of the datasets library
 ENCODED = ".encoded"  # folder in output_dir for what is encoded once, while a run lasts
 KEPT_BYTES = 2**30  # of scaled images that stay in memory: decoding a photo can take longer than an update
+LONGEST = (
+    8  # crops that a scaled image is long: of a longer one its crop alone is scaled, or 1 x 5000 pixels take 4 GB
+)
 
 
 def derive_seed(*parts):
@@ -378,8 +413,8 @@ def derive_seed(*parts):
 
 def list_images(folder):
     """Image files of a folder in sorted order, without hidden ones."""
-    files = [path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
-    return [path for path in files if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in sorted(Path(folder).glob("[!.]*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return list(filter(Path.is_file, files))
 
 
 def open_image(source, reach, number, alpha_mask=False):
@@ -412,34 +447,38 @@ def open_image(source, reach, number, alpha_mask=False):
         return image
     except Exception as error:  # PIL's readers raise anything on a damaged file
         name = repr(str(path)[:200]) if path else f"of row {number}"
-        raise ValueError(f"the image {name} cannot be read ({error}): repair or remove it") from error
+        raise ValueError(f"the image {name} cannot be read ({error})") from error
 
 
-def scale_image(image, size):
-    """An image scaled until it just covers `size`, (height, width): pixels (H, W, bands) from 0 to 255."""
+def cover(rows, columns, size):
+    """Height and width of an image once it is scaled until it just covers `size`, (height, width)."""
     height, width = size
-    if image.height * width < image.width * height:
-        width = image.width * height // image.height
-    else:
-        height = image.height * width // image.width
+    return max(height, rows * width // columns), max(width, columns * height // rows)
+
+
+def scale_image(image, size, box=None):
+    """Pixels (H, W, bands) from 0 to 255 of an image, scaled until it just covers `size`, (height, width).
+
+    A very long image is left as it is. With a box, (left, top, right, bottom), this part of it is scaled to `size`.
+    """
+    if box is None:
+        scaled = cover(image.height, image.width, size)
+        size = (image.height, image.width) if max(scaled) > LONGEST * max(size) else scaled
     bands = [image.convert("RGB"), *image.split()[3:]]  # apart: PIL would multiply the colours by the alpha
-    scaled = [band.resize((width, height), Image.Resampling.BILINEAR) for band in bands]  # antialiased
-    return np.dstack(scaled)
+    return np.dstack([band.resize(size[::-1], Image.Resampling.BILINEAR, box) for band in bands])  # antialiased
 
 
 def crop_image(pixels, size, generator, center, flip):
-    """A crop of `size` of pixels (H, W, bands): uint8 (bands, height, width), its place and mirror drawn."""
-    height, width = size
-    spare_rows = pixels.shape[0] - height
-    spare_columns = pixels.shape[1] - width
-    down, right, mirror = torch.rand(3, generator=generator).tolist()
-    if center:
-        top = round(spare_rows / 2)
-        left = round(spare_columns / 2)
-    else:
-        top = int(down * (spare_rows + 1))
-        left = int(right * (spare_columns + 1))
-    crop = pixels[top : top + height, left : left + width]
+    """A crop of `size` of scaled pixels (H, W, bands): uint8 (bands, height, width), its place and mirror drawn."""
+    scaled = np.array(cover(*pixels.shape[:2], size))
+    spare = scaled - size
+    *place, mirror = torch.rand(3, generator=generator).tolist()
+    corner = np.rint(spare / 2) if center else np.floor(place * (spare + 1))
+    top, left, bottom, right = np.concatenate([corner, corner + size]).astype(int)
+    crop = pixels[top:bottom, left:right]
+    if len(pixels) != scaled[0]:  # not scaled yet
+        y, x = pixels.shape[:2] / scaled
+        crop = scale_image(Image.fromarray(pixels), size, (left * x, top * y, right * x, bottom * y))
     if flip and mirror < 0.5:
         crop = crop[:, ::-1]
     return torch.from_numpy(crop.copy()).permute(2, 0, 1)
@@ -463,6 +502,15 @@ def list_buckets(args):
     return buckets
 
 
+def read_caption(number, caption):
+    """Captions of an image to choose from, (text, ...): one, those of a list, or none. Refuses what is not text."""
+    texts = caption if isinstance(caption, list) else [caption]
+    words = [" ".join(text.split()) for text in texts if isinstance(text, str)]
+    if caption is not None and len(words) < len(texts):
+        refuse(f"the caption of row {number} is {caption!r}: give a text or a list of texts")
+    return tuple(filter(None, words))
+
+
 class DreamBoothDataset:
     """Instance images with their prompts, each together with a class image where there are any.
 
@@ -478,28 +526,41 @@ class DreamBoothDataset:
         self.moments = None
         self.scaled = {}
         self.kept_bytes = 0
-        words = [" ".join(str(caption or "").split()) for caption in captions]
-        prompts = [caption or args.instance_prompt for caption in words]
-        if None in prompts:
-            refuse(f"{flag}: {prompts.count(None)} of {len(prompts)} images have no caption: give --instance_prompt")
-        self.sizes, checksums = self.add_images("instance", flag, images, prompts)
+        prompts = [read_caption(number, caption) for number, caption in enumerate(captions)]
+        lacking = prompts.count(())
+        if lacking and args.instance_prompt is None:
+            refuse(f"{flag}: {lacking} of {len(prompts)} images have no caption: give --instance_prompt")
+        prompts = [words or (args.instance_prompt,) for words in prompts]
+        self.sizes, checksums, opacities = self.add_images("instance", flag, images, prompts)
         self.digest = derive_seed(prompts, checksums)
         sizes = dict(Counter(self.sizes))
-        log.info(f"{flag}: {len(images)} images, {words.count('')} without a caption; (height, width): {sizes}")
+        log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {sizes}")
+        if args.alpha_mask and {0, 255}.issuperset(opacities):
+            log.warning(
+                f"{flag}: --alpha_mask: each image is opaque or transparent as a whole; the latter teach nothing"
+            )
 
     def add_images(self, kind, flag, images, prompts):
-        """Adds the images of a kind and reads each once. Returns the sizes of their crops, and checksums."""
+        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and mean opacities.
+
+        `prompts` are tuples: of each, one is drawn an epoch.
+        """
         if not len(images):
-            refuse(f"{flag}: there is no image")
+            refuse(f"{flag}: there is no image: give a folder that directly holds {', '.join(IMAGE_SUFFIXES)} files")
         self.images[kind] = images
         self.prompts[kind] = prompts
 
         def inspect(number):
             pixels, size = self.load(kind, number)
-            return size, hashlib.sha256(pixels).hexdigest()
+            return size, hashlib.sha256(pixels).hexdigest(), pixels[:, :, -1].mean()
 
-        with or_refuse(flag), ThreadPoolExecutor() as pool:
-            return zip(*pool.map(inspect, range(len(images))), strict=True)
+        with ThreadPoolExecutor() as pool:
+            found = [pool.submit(inspect, number) for number in range(len(images))]
+        broken = [str(each.exception()) for each in found if each.exception()]
+        if broken:
+            remedy = "repair or remove them; for HEIC: pip install pillow-heif"
+            refuse(f"{flag}: {len(broken)} of {len(images)} images are broken: {'; '.join(broken[:10])}: {remedy}")
+        return zip(*[each.result() for each in found], strict=True)
 
     def load(self, kind, number, size=None):
         """Scaled pixels (H, W, bands) of an image, which stay in memory while there is room, and its crop's size."""
@@ -525,12 +586,13 @@ class DreamBoothDataset:
         for kind, images in self.images.items():
             number = index % len(images)
             seed = derive_seed(self.args.seed, kind, epoch, index + copy * len(self))
-            prompt = self.prompts[kind][number]
-            chance = random.Random(derive_seed(seed, "caption")).random()
-            if kind == "instance" and chance < self.args.caption_dropout:
+            draw = random.Random(derive_seed(seed, "caption"))
+            dropped = draw.random() < self.args.caption_dropout
+            prompt = draw.choice(self.prompts[kind][number])
+            if dropped and kind == "instance":
                 prompt = ""
             if self.moments:
-                data = self.moments[kind, number, size]["moments"]
+                data = self.moments[kind, number, size]["moments"][0]
             else:
                 data = self.pixels(kind, number, size, seed)
             examples.append({"data": data, "prompt": prompt, "seed": seed})
@@ -549,57 +611,39 @@ class DreamBoothDataset:
         return crop_image(scaled, size, generator, self.args.center_crop, self.args.random_flip)
 
 
-class EpochSampler:
-    """Batches of places (epoch, index, copy): every index once an epoch, in an order drawn from seed and epoch.
-
-    Batches hold images of one size and are full, and so are updates: copies of the epoch's last images, drawn anew,
-    fill them up. The images of an update depend on its size alone, processes x batch x accumulation. Set `epoch`, and
-    `start` to the batches that a process has done of it, before each pass.
-    """
+class Batches(list):
+    """What a loader reads in an epoch: lists of places, see order_epoch."""
 
     batch_size = None  # tells accelerate that it cannot split them itself
 
-    def __init__(self, args, dataset, processes):
-        self.seed = args.seed
-        self.sizes = [dataset.size(index) for index in range(len(dataset))]
-        self.batch = args.train_batch_size
-        self.group = self.batch * processes  # a batch on every process
-        self.update = self.group * args.gradient_accumulation_steps
-        self.epoch = 0
-        self.start = 0
 
-    def __len__(self):
-        return len(self.order()) // self.batch
+def order_epoch(args, dataset, processes, epoch, done=0):
+    """Batches of places (epoch, index, copy): every index once, in an order drawn from seed and epoch.
 
-    def order(self):
-        """The epoch's (index, copy): full updates of one size each, then what is left of each size."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        items = []
-        by_size = {}  # less than an update each
-        for index in torch.randperm(len(self.sizes), generator=generator).tolist():
-            size = self.sizes[index]
-            by_size.setdefault(size, []).append((index, 0))
-            if len(by_size[size]) == self.update:
-                items += by_size.pop(size)
-        leftovers = list(by_size.values())
-        for leftover in leftovers:
-            items += leftover
-            # Every process must get the same number of batches; the last ones also complete the update.
-            multiple = self.update if leftover is leftovers[-1] else self.group
-            for number in range(-len(items) % multiple):
-                index, _ = leftover[number % len(leftover)]
-                items.append((index, 1 + number // len(leftover)))
-        return items
-
-    def __iter__(self):
-        places = [(self.epoch, index, copy) for index, copy in self.order()]
-        for first in range(self.start * self.group, len(places), self.batch):
-            yield places[first : first + self.batch]
+    An update, which is processes x batch x accumulation images, is full and of one size: copies, drawn anew, fill up
+    the last one of each size. So it has the same images however they are shared out. Leaves out the `done` updates.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(args.seed, "order", epoch))
+    batch = args.train_batch_size
+    update = processes * batch * args.gradient_accumulation_steps
+    places = []
+    by_size = {}  # less than an update each
+    for index in torch.randperm(len(dataset), generator=generator).tolist():
+        size = dataset.size(index)
+        by_size.setdefault(size, []).append((epoch, index, 0))
+        if len(by_size[size]) == update:
+            places += by_size.pop(size)
+    for rest in by_size.values():
+        for number in range(update - len(rest)):
+            _, index, copy = rest[number]
+            rest.append((epoch, index, copy + 1))
+        places += rest
+    return [places[first : first + batch] for first in range(done * update, len(places), batch)]
 
 
 def collate(items):
     """A batch of B examples, instance images first, then class images."""
-    examples = [example for kind in zip(*items, strict=True) for example in kind]
+    examples = sum(zip(*items, strict=True), ())
     data = [example["data"] for example in examples]
     return {
         "data": torch.stack(data),  # (B, bands, H, W), or moments (B, 2C, h, w)
@@ -620,13 +664,16 @@ class TensorFolder:
     def __getitem__(self, key):
         return load_file(self.path(key))
 
-    def fill(self, accelerator, keys, make, title):
-        """Stores what `make` gives for each key; the processes share the work."""
+    def fill(self, accelerator, keys, make, title, batch=1):
+        """Stores what `make` gives for each key, asked for `batch` keys at once; the processes share the work."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = keys[accelerator.process_index :: accelerator.num_processes]
-        for key in tqdm(mine, desc=title, disable=not accelerator.is_main_process):
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in make(key).items()}
-            save_file(tensors, self.path(key))
+        for first in tqdm(range(0, len(mine), batch), desc=title, disable=not accelerator.is_main_process):
+            some = mine[first : first + batch]
+            made = make(some)
+            for number, key in enumerate(some):
+                tensors = {name: tensor[number : number + 1].cpu().contiguous() for name, tensor in made.items()}
+                save_file(tensors, self.path(key))
         accelerator.wait_for_everyone()
 
 
@@ -634,44 +681,47 @@ def read_folder(args, flag, folder):
     """Images of a folder and a caption or None for each, from the files beside them or from its metadata file."""
     if any(Path(folder, name).is_file() for name in METADATA):
         return read_dataset(args, flag, folder, "image", args.caption_column or "text")
+    unused = (args.dataset_split, args.image_column, args.caption_column)
+    if args.instance_data_dir and unused != ("train", "image", None):
+        log.warning(f"{flag} {folder!r} has no metadata file: split and columns of a dataset have no effect")
     images = list_images(folder)
-    if not images:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        refuse(f"{flag} {folder!r}: there is no image in it: give a folder that directly holds {suffixes} files")
     captions = []
     for image in images:
-        beside = [path for path in map(image.with_suffix, CAPTION_SUFFIXES) if path.is_file()]
-        caption = None
-        if beside:
-            with or_refuse(f"{beside[0]} is not UTF-8 text: save it as such"):
-                caption = beside[0].read_text(encoding="utf-8-sig")
-        captions.append(caption)
+        beside = next(filter(Path.is_file, map(image.with_suffix, CAPTION_SUFFIXES)), None)
+        with or_refuse(f"{beside} is not UTF-8 text: save it as such"):
+            captions.append(beside and beside.read_text(encoding="utf-8-sig"))
     return images, captions
 
 
 def read_dataset(args, flag, name, image_column, caption_column):
-    """Images of a dataset, decoded when they are used, and a caption or None for each.
+    """Images of a dataset, decoded when they are used, and captions or None for each.
 
     `name` is a Hub id, a folder of save_to_disk, or a folder of images with a metadata file.
     """
-    with or_refuse(f"{flag} {name!r} cannot be read"):
+    remedy = (
+        "a folder's name must be without brackets, each file_name in its metadata that of a file in it;"
+        " other files of images than parquet have to be unpacked; --cache_dir moves what is written"
+    )
+    with or_refuse(f"{flag} {name!r} cannot be read: {remedy}"):
         import datasets
 
-        if Path(name, "state.json").is_file():
+        if Path(name, "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(Path(name, args.dataset_split))
+        elif Path(name, "state.json").is_file():
             rows = datasets.load_from_disk(name)
-        elif Path(name, "dataset_dict.json").is_file():
-            splits = datasets.load_from_disk(name)
-            if args.dataset_split not in splits:
-                raise ValueError(f"--dataset_split {args.dataset_split!r} is not in it: it has {', '.join(splits)}")
-            rows = splits[args.dataset_split]
         else:
-            options = {"split": args.dataset_split, "cache_dir": args.cache_dir}
-            rows = datasets.load_dataset(name, args.dataset_config_name, **options)
-        for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-            if column and column not in rows.column_names:
-                refuse(f"{option} {column!r} is not in {flag}: its columns are {', '.join(rows.column_names)}")
+            split = args.dataset_split
+            rows = datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
+        missing = {image_column, caption_column} - {None, *rows.column_names}
+        if missing:
+            refuse(f"{flag} {name!r} has no column {' or '.join(missing)}, but {', '.join(rows.column_names)}")
+        if not isinstance(rows.features[image_column], datasets.Image | datasets.Value | dict):
+            raise TypeError("it has arrays for images: cast them to datasets.Image")
         images = rows.cast_column(image_column, datasets.Image(decode=False))[image_column]
-    captions = rows[caption_column][:] if caption_column else [None] * len(rows)
+        captions = rows[caption_column][:] if caption_column else [None] * len(rows)
+        label = rows.features.get(caption_column)
+        if isinstance(label, datasets.ClassLabel):
+            captions = label.int2str(captions)
     return images, captions
 
 
@@ -679,23 +729,22 @@ def read_instances(args):
     """The images to train on, with their prompts."""
     if args.dataset_name:
         flag = "--dataset_name"
-        images, captions = read_dataset(args, flag, args.dataset_name, args.image_column, args.caption_column)
+        found = read_dataset(args, flag, args.dataset_name, args.image_column, args.caption_column)
     else:
         flag = "--instance_data_dir"
-        images, captions = read_folder(args, flag, args.instance_data_dir)
-    return DreamBoothDataset(args, flag, images, captions)
+        found = read_folder(args, flag, args.instance_data_dir)
+    return DreamBoothDataset(args, flag, *found)
 
 
 def read_held_out(args):
     """The images of --validation_data_dir, cropped in the middle; None without the flag."""
     if not args.validation_data_dir:
         return None
+    prompt = args.instance_prompt or ""
     fixed = {"center_crop": True, "random_flip": False, "repeats": 1, "seed": 0, "caption_dropout": 0}
-    fixed["instance_prompt"] = args.instance_prompt or ""
-    plain = argparse.Namespace(**vars(args) | fixed)
+    plain = argparse.Namespace(**vars(args) | fixed | {"instance_prompt": prompt})
     flag = "--validation_data_dir"
-    images, captions = read_folder(args, flag, args.validation_data_dir)
-    return DreamBoothDataset(plain, flag, images, captions)
+    return DreamBoothDataset(plain, flag, *read_folder(args, flag, args.validation_data_dir))
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -709,12 +758,9 @@ def read_pipeline(args):
     """Parts of the base pipeline, {name: (library, class)}, from model_index.json. Refuses anything but an SD3."""
     model = args.pretrained_model_name_or_path
     remedy = "give a diffusers folder or a Hub id; for a gated model accept its licence and run `hf auth login`"
-    parts = {}
     with or_refuse(f"--pretrained_model_name_or_path {model!r}: no model_index.json can be read: {remedy}"):
         index = StableDiffusion3Pipeline.load_config(model, cache_dir=args.cache_dir, revision=args.revision)
-        for name, entry in index.items():
-            if isinstance(entry, list | tuple) and entry[0]:
-                parts[name] = entry
+        parts = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
     if args.no_t5:
         parts.pop("text_encoder_3", None)
         parts.pop("tokenizer_3", None)
@@ -725,7 +771,20 @@ def read_pipeline(args):
         if library not in ("diffusers", "transformers") or needed.get(name, "") not in class_name:
             found = f"its {name} is {library} {class_name}"
             refuse(f"--pretrained_model_name_or_path {model!r} is not an SD3 pipeline: {found}")
+    for name, field in (("vae", "scaling_factor"), ("vae", "shift_factor"), ("scheduler", "shift")):
+        with or_refuse(f"{name} of {model!r} cannot be used"):
+            number = sketch_part(args, parts, name).config[field]
+            if number is None or number <= 0:
+                raise ValueError(f"its {field} is {number}")
     return parts
+
+
+def has_room(device, size):
+    """Whether a CUDA device has `size` bytes left; other devices always do."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0] >= size
 
 
 def source_of(args, name):
@@ -738,6 +797,11 @@ def device_of(accelerator):
     if accelerator.device.type == "cpu":
         return torch.device("cpu")
     return accelerator.device
+
+
+def is_split(accelerator):
+    """Whether FSDP2 splits what is trained over the processes."""
+    return accelerator.distributed_type.value == "FSDP"
 
 
 def on_device(accelerator, dtype):
@@ -758,35 +822,46 @@ def class_of(parts, name):
 
 def load_part(args, parts, name, checkpoint=None, **options):
     """A part of the base pipeline or of a checkpoint, a model frozen. Refuses damaged ones."""
+    if name == "transformer":
+        checkpoint = checkpoint or args.pretrained_transformer_model_name_or_path
     model = str(checkpoint or args.pretrained_model_name_or_path)
     what = f"{name} of {model!r} cannot be loaded"
     if args.variant and not checkpoint:
         what += f" in the variant {args.variant!r}"
+        options["variant"] = args.variant
     with or_refuse(what):
         part_class = class_of(parts, name)
         if not hasattr(part_class, "parameters"):
             return load_tokenizer_or_scheduler(part_class, model, source_of(args, name))
-        if not checkpoint:
-            options["variant"] = args.variant
+        if model.endswith(".safetensors"):  # with the names of diffusers or of ComfyUI
+            part = part_class.from_single_file(
+                model,
+                config=args.pretrained_model_name_or_path,
+                config_revision=args.revision,
+                subfolder=name,
+                device=options.get("device_map", {"": "cpu"})[""],
+                **options,
+            )
+            return part.requires_grad_(False)
         # Built on the meta device, the transformer is loaded faster and without a second copy.
         modern = utils.compare_versions("diffusers", ">=", "0.40.0")
         on_meta = name == "transformer" and modern and not options.get("quantization_config")
         options |= source_of(args, name)
         with torch.device("meta") if on_meta else contextlib.nullcontext():
             part, info = part_class.from_pretrained(model, **options, output_loading_info=True)
-        wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+        wrong = sum(map(list, info.values()), [])  # keys that are missing, unexpected, of another shape
         if wrong and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {wrong[0]}, {len(wrong)} in all")
-        if name == "vae" and part.config.shift_factor is None:
-            raise ValueError("no shift_factor in its config: not an SD3 VAE")
     return part.requires_grad_(False).eval()
 
 
 def load_tokenizer_or_scheduler(part_class, model, source):
-    """A part without weights. Errors: ValueError for a tokenizer that knows no word."""
+    """A part without weights. Errors: ValueError for a tokenizer without words or length."""
     part = part_class.from_pretrained(model, **source)
-    if hasattr(part, "unk_token_id") and part.unk_token_id in part("photo", add_special_tokens=False).input_ids:
-        raise ValueError("it has no vocabulary: a tokenizer file is missing")
+    if hasattr(part, "unk_token_id"):
+        unknown = part.unk_token_id in part("photo", add_special_tokens=False).input_ids
+        if unknown or part.model_max_length > 2**20:
+            raise ValueError("it has no vocabulary or no length: a tokenizer file is missing")
     return part
 
 
@@ -804,18 +879,48 @@ def read_transformer_config(args):
 
 
 def sketch_part(args, parts, name):
-    """A model of the pipeline without its weights, on the meta device: names and sizes of its layers."""
+    """A part of the pipeline that is no tokenizer, without weights: its config, names and sizes of its layers."""
     model = args.pretrained_model_name_or_path
+    if name == "transformer":
+        model = args.pretrained_transformer_model_name_or_path or model
+    if model.endswith(".safetensors"):
+        return load_part(args, parts, name, device_map={"": "meta"})
     with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
         kind = class_of(parts, name)
         if name in TEXT_ENCODERS:
             part = kind(kind.config_class.from_pretrained(model, **source_of(args, name)))
         else:
             part = kind.from_config(kind.load_config(model, **source_of(args, name)))
-    return part.requires_grad_(False)
+    return part
+
+
+def load_to_train(args, parts, accelerator, name, dtype, checkpoint=None, **options):
+    """A model to be trained, on the device.
+
+    Under FSDP2 it is on the CPU, and only the main process reads the weights: hand_out sends them to the others.
+    """
+    if not is_split(accelerator):
+        return load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype) | options)
+    if accelerator.is_main_process:
+        return load_part(args, parts, name, checkpoint, torch_dtype=dtype)
+    return sketch_part(args, parts, name).to(dtype).to_empty(device="cpu")
+
+
+def load_frozen(args, parts, accelerator, name, dtype):
+    """A text encoder or transformer on the device, or on the CPU: its layers then pass through the device as they run.
+
+    On the CPU are text encoders with --offload, and what does not fit with a fifth to spare for the activations.
+    """
+    size = utils.compute_module_sizes(sketch_part(args, parts, name), dtype=dtype)[""]
+    device = device_of(accelerator)
+    if args.offload and name in TEXT_ENCODERS or not has_room(device, 1.2 * size):
+        return cpu_offload(load_part(args, parts, name, torch_dtype=dtype), device)
+    return load_part(args, parts, name, **on_device(accelerator, dtype))
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
+
+TEXT_BATCH = 16  # prompts at once: where T5 waits on the CPU, 9.5 GB cross the bus for each batch
 
 
 class PromptTable:
@@ -844,19 +949,12 @@ class PromptTable:
     def fill(self, parts, prompts):
         """Encodes each prompt once with each frozen encoder, one encoder at a time; the processes share the work."""
         for name, table in self.tables.items():
-            encoder = self.load_encoder(parts, name)
+            encoder = load_frozen(self.args, parts, self.accelerator, name, self.dtype)
             encode = functools.partial(self.encode, encoder=encoder, name=name)
             with torch.no_grad():
-                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}")
+                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}", TEXT_BATCH)
             del encoder, encode
             training_utils.free_memory()
-
-    def load_encoder(self, parts, name):
-        """A text encoder on the device; with --offload its weights stay on the CPU and pass through the device."""
-        if self.args.offload:
-            encoder = load_part(self.args, parts, name, torch_dtype=self.dtype)
-            return cpu_offload(encoder, device_of(self.accelerator))
-        return load_part(self.args, parts, name, **on_device(self.accelerator, self.dtype))
 
     def report_cut(self, prompts):
         """Warns of prompts that CLIP or T5 cannot read to the end, ten at most, with the words that are lost."""
@@ -884,7 +982,10 @@ class PromptTable:
         if name in self.trained:
             return self.encode(prompts, self.trained[name], name)
         found = [self.look_up(name, prompt) for prompt in prompts]
-        return {part: torch.cat([each[part] for each in found]) for part in found[0]}
+        parts = {}
+        for part in found[0]:
+            parts[part] = torch.cat([each[part] for each in found])
+        return parts
 
     def __call__(self, prompts):
         """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts.
@@ -934,9 +1035,10 @@ def encode_moments(vae, pixels):
 def cache_moments(dataset, vae, accelerator, name):
     """Encodes every image of the dataset once, in one crop each."""
 
-    def encode(key):
+    def encode(keys):
+        (key,) = keys
         pixels = dataset.pixels(*key, derive_seed(dataset.args.seed, "cache", *key))
-        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))[0]}
+        return {"moments": encode_moments(vae, pixels[None].to(accelerator.device))}
 
     keys = {}  # a dict keeps their order
     for kind, images in dataset.images.items():
@@ -1037,6 +1139,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 RESULT = {  # what the model card says of it and what is uploaded
     "title": "SD3 DreamBooth LoRA",
     "tags": ["lora", "template:sd-lora"],
+    "pipeline": "{base!r}{options}",
     "usage": "pipeline.load_lora_weights({!r})",
     "files": [WEIGHTS],
 }
@@ -1082,7 +1185,11 @@ def choose_layers(args, transformer):
 
 def choose_targets(args, parts, accelerator):
     """Layers that get an adapter, by model. All flags about adapters are checked here, before text is encoded."""
-    read_quantization(args)
+    quantized = read_quantization(args)
+    if args.blocks_to_swap:
+        whole = not quantized and accelerator.distributed_type.value != "FSDP"
+        if not (whole and args.gradient_checkpointing and accelerator.device.type == "cuda"):
+            refuse("--blocks_to_swap needs an NVIDIA GPU, --gradient_checkpointing, no quantised base and no FSDP2")
     transformer = sketch_part(args, parts, "transformer")
     targets = {"transformer": choose_layers(args, transformer)}
     if args.init_lora:
@@ -1114,7 +1221,8 @@ def read_quantization(args, dtype=None):
 
 
 def make_trainable(args, model, layers):
-    """Gives a frozen model adapters on its layers, in float32."""
+    """Freezes a model and gives it adapters on its layers, in float32."""
+    model.requires_grad_(False)
     config = LoraConfig(
         r=args.rank,
         lora_alpha=args.lora_alpha or args.rank,
@@ -1165,6 +1273,58 @@ def read_adapters(args, source, name, model):
     return state
 
 
+class SwappedBlocks:
+    """Keeps the frozen weights of blocks in pinned memory; copies of them are on the GPU while a block runs.
+
+    A checkpointed block runs twice, and the graph of its second run alone keeps its copies until their gradient is
+    computed. While a block runs, the copies of the next one are on their way, on a stream of their own.
+    """
+
+    def __init__(self, blocks, device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.weights = {}  # by the block's number: a dict by module and name
+        self.coming = {}
+        self.last = 0
+        for number, block in enumerate(blocks):
+            self.weights[number] = {}
+            for module in block.modules():
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    if not weight.requires_grad:
+                        self.weights[number][module, name] = weight.data.pin_memory()
+                        delattr(module, name)  # so that nothing moves, saves or sends it
+            block.register_forward_pre_hook(lambda *_, number=number: self.enter(number))
+            block.register_forward_hook(lambda *_, number=number: self.leave(number), always_call=True)
+
+    def fetch(self, number):
+        """Starts to copy a block's weights to the GPU, unless there is no such block."""
+        if number in self.weights.keys() - self.coming.keys():
+            self.stream.wait_stream(torch.cuda.current_stream())  # which may still read the memory that they get
+            with torch.cuda.stream(self.stream):
+                self.coming[number] = utils.send_to_device(self.weights[number], self.device, non_blocking=True)
+
+    def enter(self, number):
+        self.fetch(number)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        for (module, name), weight in self.coming.pop(number).items():
+            setattr(module, name, weight)
+        self.fetch(number + 1 if number > self.last else number - 1)  # the backward pass runs them the other way
+        self.last = number
+
+    def leave(self, number):
+        for module, name in self.weights[number]:
+            delattr(module, name)
+
+
+def cut_positions(args, transformer):
+    """Keeps of the table of positions the middle that the run's sizes use: the whole can take 0.4 GiB."""
+    embed = transformer.pos_embed
+    side = max(args.resolution, *map(max, list_buckets(args))) // 16
+    side += (embed.pos_embed_max_size - side) % 2  # else the middle would move
+    embed.pos_embed = embed.cropped_pos_embed(side * embed.patch_size, side * embed.patch_size)
+    embed.pos_embed_max_size = side
+
+
 def load_trained(args, parts, accelerator, targets, checkpoint):
     """The models of `targets` in the frozen dtype, with float32 adapters on their layers: new, or read from a file."""
     torch.manual_seed(args.seed)
@@ -1172,15 +1332,21 @@ def load_trained(args, parts, accelerator, targets, checkpoint):
     source = checkpoint or args.init_lora
     trained = {}
     for name, layers in targets.items():
-        options = on_device(accelerator, dtype)
+        options = {}
         if name == "transformer":
             # prepare_model_for_kbit_training would cast norms to float32, which autocast undoes.
             options["quantization_config"] = read_quantization(args, dtype)
-        model = load_part(args, parts, name, **options)
+            if args.blocks_to_swap:
+                options["device_map"] = {"": "cpu"}
+        model = load_to_train(args, parts, accelerator, name, dtype, **options)
         make_trainable(args, model, layers)
         if source:
             set_peft_model_state_dict(model, read_adapters(args, source, name, model))
             training_utils.cast_training_params(model, torch.float32)
+        if name == "transformer":
+            cut_positions(args, model)
+            if args.blocks_to_swap:
+                SwappedBlocks(model.transformer_blocks[: args.blocks_to_swap], accelerator.device)
         trained[name] = model.train()
     return trained
 
@@ -1194,6 +1360,35 @@ def read_state(accelerator, model):
     state = accelerator.get_state_dict(model)
     # Prefixes of torch.compile and of DDP.
     return {key.replace("_orig_mod.", "").removeprefix("module."): weight for key, weight in state.items()}
+
+
+def describe_adapters(args, config):
+    """Header by which other programs know a LoRA file: Stability's ModelSpec, and the rank as sd-scripts names it.
+
+    `config` is the transformer's.
+    """
+    version = "3-medium"
+    if config.qk_norm:
+        version = "3.5-medium" if config.dual_attention_layers else "3.5-large"
+    prompt = args.instance_prompt or ""
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"stable-diffusion-v{version}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"{RESULT['title']} {prompt}",
+        "modelspec.trigger_phrase": prompt,
+        "ss_network_dim": str(args.rank),
+    }
+
+
+def save_with_header(header, weights, path):
+    """Writes a safetensors file: 8 bytes of length, JSON, tensors. safetensors itself orders each header at random."""
+    data = save(weights)
+    end = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps({"__metadata__": header} | json.loads(data[8:end])).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
 def save_weights(args, accelerator, models, folder, parts=None):
@@ -1211,6 +1406,8 @@ def save_weights(args, accelerator, models, folder, parts=None):
         state = read_state(accelerator, model)
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+        if name == "transformer":
+            header = describe_adapters(args, model.config)
         if final:
             scale = adapter_scale(model)
             state = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
@@ -1218,7 +1415,8 @@ def save_weights(args, accelerator, models, folder, parts=None):
             state = {re.sub("magnitude_vector$", "magnitude_vector.weight", key): v for key, v in state.items()}
         layers[f"{name}_lora_layers"] = {key: weight.to(dtype) for key, weight in state.items()}
     if accelerator.is_main_process:
-        StableDiffusion3Pipeline.save_lora_weights(folder, **layers)
+        write = functools.partial(save_with_header, header)
+        StableDiffusion3Pipeline.save_lora_weights(folder, **layers, save_function=write)
     accelerator.wait_for_everyone()
 
 
@@ -1236,7 +1434,7 @@ def batch_losses(args, accelerator, models, frozen, prompts, drawn):
 
     if not args.output_preservation_weight:
         return losses(prompts)[0]
-    adapters = [layer for model in models.values() for layer in adapter_layers(model)]
+    adapters = sum(map(adapter_layers, models.values()), [])
     kept = [args.class_prompt] * len(prompts)
     for layer in adapters:
         layer.enable_adapters(False)
@@ -1292,6 +1490,25 @@ def make_optimizer(args, accelerator, models):
     return torch.optim.AdamW(groups, **shared, fused=fused)
 
 
+def make_schedule(args, optimizer, total):
+    """The learning rate's factor at each of `total` updates."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max(total, args.lr_warmup_steps + 1),  # polynomial divides by the difference
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+def check_optimizer(args, accelerator):
+    """Makes the optimizer and its schedule on a layer, because each refuses flags of its own."""
+    with or_refuse("these flags of the optimizer and its schedule do not fit together"):
+        optimizer = make_optimizer(args, accelerator, {"transformer": torch.nn.Linear(1, 1)})
+        make_schedule(args, optimizer, 1)
+
+
 @dataclasses.dataclass
 class Trained:
     """What is trained and always travels together."""
@@ -1309,15 +1526,17 @@ FORMAT = 1  # of a checkpoint; bump it when old and new scripts can no longer re
 MANIFEST = "dreambooth.json"
 AVERAGE = "ema.safetensors"
 MUST_MATCH = (
-    "method pretrained_model_name_or_path revision variant train_text_encoder optimizer use_8bit_adam use_ema"
-    " full_bf16 rank lora_alpha use_rslora use_dora lora_layers lora_blocks bnb_quantization_config_path"
+    "method pretrained_model_name_or_path pretrained_transformer_model_name_or_path revision variant"
+    " train_text_encoder optimizer use_8bit_adam use_ema full_bf16 rank lora_alpha use_rslora use_dora lora_layers"
+    " lora_blocks bnb_quantization_config_path"
 ).split()
 MAY_DIFFER = (  # without a word
-    "local_rank cache_dir dataloader_num_workers max_train_steps num_train_epochs output_dir logging_dir report_to"
+    "local_rank cache_dir dataloader_num_workers output_dir logging_dir report_to"
     " tracker_project_name tracker_run_name checkpointing_steps checkpoints_total_limit resume_from_checkpoint dry_run"
     " push_to_hub hub_model_id hub_private_repo validation_prompt validation_data_dir num_validation_images"
     " validation_epochs validation_num_inference_steps validation_guidance_scale skip_final_inference"
 ).split()
+LENGTH = ("max_train_steps", "num_train_epochs")  # changes the rate, unless that is constant
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")  # of the optimizer's groups: on resume the flags' win
 SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
 
@@ -1334,7 +1553,10 @@ class Progress:
     skipped: list = dataclasses.field(default_factory=list)  # updates that were not finite
     failed: list = dataclasses.field(default_factory=list)  # what went wrong without costing the weights
     seconds: list = dataclasses.field(default_factory=list)  # of each update
+    losses: list = dataclasses.field(default_factory=list)  # of each update
     clock: float = 0.0  # when the present update began
+    memory_gb: float = 0.0  # the most so far
+    validation_loss: float = 0.0  # of the held-out images, the last one
     finished: bool = False
 
 
@@ -1342,10 +1564,20 @@ def describe_run(args, accelerator, dataset):
     """The run's flags without the secret, and what else trackers keep and a resumed run compares."""
     facts = vars(args) | {"method": METHOD, "processes": accelerator.num_processes, "images": dataset.digest}
     del facts["hub_token"]
+    facts["validation_prompt"] = " | ".join(args.validation_prompt or ())  # trackers take no lists
     base = Path(args.pretrained_model_name_or_path)
     if base.is_dir():
         facts["pretrained_model_name_or_path"] = str(base.resolve())
     return facts
+
+
+def list_states(accelerator, trained):
+    """What this process adds to a checkpoint beside the weights, by file: all of it, or its part under FSDP2."""
+    part = f"_{accelerator.process_index}" if is_split(accelerator) else ""
+    states = {f"optimizer{part}.bin": trained.optimizer, f"scheduler{part}.bin": trained.schedule}
+    if accelerator.scaler:
+        states[f"scaler{part}.pt"] = accelerator.scaler
+    return states
 
 
 def save_checkpoint(args, accelerator, trained, state):
@@ -1353,8 +1585,12 @@ def save_checkpoint(args, accelerator, trained, state):
     folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        accelerator.save_state(partial)
-        save_weights(args, accelerator, trained.models, partial)
+        # Under FSDP2 accelerator.save_state would write the whole model as well.
+        partial.mkdir(exist_ok=True)
+        if accelerator.is_main_process or is_split(accelerator):
+            for file, part in list_states(accelerator, trained).items():
+                torch.save(part.state_dict(), partial / file)
+        save_weights(args, accelerator, trained.models, partial)  # ends when all processes have come so far
         if accelerator.is_main_process:
             complete_checkpoint(args, trained.average, state, partial)
     except BaseException:
@@ -1369,9 +1605,7 @@ def save_checkpoint(args, accelerator, trained, state):
 
 
 def complete_checkpoint(args, average, state, folder):
-    """Adds the averaged weights and the manifest to what accelerate has written, and flushes all of it to the disk."""
-    for path in folder.glob("random_states_*.pkl"):  # nothing depends on them, and reading a pickle can run code
-        path.unlink()
+    """Adds the averaged weights and the manifest to what is written, and flushes all of it to the disk."""
     if average:
         tensors = {str(number): weight.contiguous() for number, weight in enumerate(average.shadow_params)}
         tensors["step"] = torch.tensor(average.optimization_step)
@@ -1451,14 +1685,16 @@ def compare_runs(accelerator, checkpoint, then, now):
     """Stops if the checkpoint's model or optimizer settings differ; warns about other changes, which take effect."""
     differ = [name for name in then if name in now and then[name] != now[name]]
     fixed = MUST_MATCH
-    if accelerator.distributed_type.value == "FSDP":
+    if is_split(accelerator):
         fixed = [*MUST_MATCH, "processes"]
     for name in fixed:
         if name in differ:
             refuse(f"{checkpoint} was trained with {name} {then[name]!r}, not {now[name]!r}: give the same")
-    silent = MAY_DIFFER
+    silent = [*MAY_DIFFER]
     if math.prod(then[name] for name in SHARES) == math.prod(now[name] for name in SHARES):
-        silent = [*MAY_DIFFER, *SHARES]  # an update has the same images, however they are shared out
+        silent += SHARES  # an update has the same images, however they are shared out
+    if now["lr_scheduler"].startswith("constant"):
+        silent += LENGTH
     changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in differ if name not in silent]
     if changed:
         log.warning(f"resuming {checkpoint} with changed flags: {', '.join(changed)}")
@@ -1466,17 +1702,20 @@ def compare_runs(accelerator, checkpoint, then, now):
 
 def resume(accelerator, checkpoint, trained, state):
     """Loads what goes with a checkpoint's weights: optimizer, schedule, scaler, average. The flags' settings win."""
-    groups = trained.optimizer.param_groups
-    settings = [{name: group[name] for name in SETTINGS} for group in groups]
+    settings = []
+    for group in trained.optimizer.param_groups:
+        settings.append({name: group[name] for name in SETTINGS})
     with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
-        accelerator.load_state(checkpoint)
+        for file, part in list_states(accelerator, trained).items():
+            saved = torch.load(Path(checkpoint, file), map_location=accelerator.device, weights_only=True)
+            part.load_state_dict(saved)
         if trained.average:
             weights = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
             trained.average.optimization_step = weights.pop("step").item()
             trained.average.shadow_params = [weights[str(number)] for number in range(len(weights))]
     schedule = trained.schedule.scheduler  # torch's LambdaLR, inside accelerate's wrapper
     schedule.base_lrs = [own["initial_lr"] for own in settings]
-    groups = trained.optimizer.param_groups  # load_state has made new ones
+    groups = trained.optimizer.param_groups  # loading has made new ones
     for group, own, factor in zip(groups, settings, schedule.lr_lambdas, strict=True):
         group.update(own)
         group["lr"] = own["initial_lr"] * factor(schedule.last_epoch)
@@ -1506,14 +1745,17 @@ def evaluation(trained):
 
 
 @contextlib.contextmanager
-def attempt(failed, what):
+def attempt(failed, what, kind=Exception):
     """Logs an exception and records `what` in `failed` instead of raising. No collective may be called inside."""
     try:
         yield
-    except Exception as error:  # drawing, a tracker and the Hub can raise anything
+    except kind as error:  # drawing, a tracker and the Hub can raise anything
         failed.append(what)
         reason = " ".join(str(error).split())
         log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
+
+
+DECODING = 3072  # bytes that the VAE needs for a pixel
 
 
 def draw_images(args, transformer, frozen, prompt, seeds, **options):
@@ -1543,7 +1785,10 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
-    with torch.autocast(latents.device.type, enabled=False):
+    device = latents.device
+    leaves = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=leaves and transformer.device == device)
+    with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")
 
@@ -1559,7 +1804,7 @@ def add_class_images(args, parts, accelerator, dataset):
         draw_class_images(args, parts, accelerator, free[:lacking])
         training_utils.free_memory()
     images = list_images(args.class_data_dir)[: args.num_class_images]
-    dataset.add_images("class", "--class_data_dir", images, [args.class_prompt] * len(images))
+    dataset.add_images("class", "--class_data_dir", images, [(args.class_prompt,)] * len(images))
 
 
 def draw_class_images(args, parts, accelerator, numbers):
@@ -1567,7 +1812,7 @@ def draw_class_images(args, parts, accelerator, numbers):
     dtype = DTYPES.get(args.prior_generation_precision, frozen_dtype(accelerator))
     embed = PromptTable(args, parts, accelerator, dtype)
     embed.fill(parts, [args.class_prompt, ""])
-    transformer = load_part(args, parts, "transformer", **on_device(accelerator, dtype))
+    transformer = load_frozen(args, parts, accelerator, "transformer", dtype)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     frozen = Frozen(embed, vae, load_scheduler(args, parts, accelerator))
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
@@ -1609,7 +1854,7 @@ HELD_OUT_LEVELS = 8  # noise levels, spread evenly
 
 
 def measure_held_out(args, transformer, frozen, index):
-    """Mean loss of a held-out image over the noise levels; the noise is the same at every call and in every run."""
+    """Loss of a held-out image at each noise level, from the most noise to the least; the noise is always the same."""
     example = frozen.held_out[0, index, 0][0]
     device = frozen.scheduler.sigmas.device
     moments = example["data"][None].to(device).expand(HELD_OUT_LEVELS, -1, -1, -1)
@@ -1618,30 +1863,40 @@ def measure_held_out(args, transformer, frozen, index):
     u = (torch.arange(HELD_OUT_LEVELS, device=device) + 0.5) / HELD_OUT_LEVELS
     text = frozen.embed([example["prompt"]] * HELD_OUT_LEVELS)
     losses, _ = flow_losses(args, transformer, frozen.scheduler, (latents, noise, u, mask), text)
-    return losses.double().mean().item()
+    return losses.tolist()
+
+
+def log_held_out(accelerator, losses, state):
+    """Logs the held-out loss: the mean over the images at each noise level, 8 the most noise, and that of all."""
+    means = np.mean(losses, axis=0)
+    figures = {f"validation_loss_{len(means) - number}": mean for number, mean in enumerate(means)}
+    figures["validation_loss"] = state.validation_loss = means.mean()
+    accelerator.log(figures, step=state.step)
 
 
 def validate(args, accelerator, trained, frozen, state):
     """Logs the held-out loss and draws the validation images, as far as flags ask. Returns the images' paths.
 
-    Each process tries its share by itself, and then all agree: one that fails alone leaves nobody waiting (except
-    under FSDP2, where a forward pass needs all). What fails is logged; at the end it is a failure of the run.
+    Each process tries its share by itself, and then all agree: one that fails alone leaves nobody waiting. What fails
+    is logged; at the end it is a failure of the run. Under FSDP2 a forward pass needs all processes: one that cannot
+    do its part, because memory runs out, ends, and the launcher then ends the others.
     """
     transformer = accelerator.unwrap_model(trained.models["transformer"], keep_torch_compile=False)
     what = "drawing the final images" if state.finished else f"validation at update {state.step}"
     held_out = len(frozen.held_out or ())
-    wanted = args.num_validation_images if args.validation_prompt else 0
+    wanted = args.num_validation_images * len(args.validation_prompt or ())
     if state.finished and args.skip_final_inference:
         wanted = 0
+    kind = ValueError if is_split(accelerator) else Exception  # draw_images raises it after the passes
     failed = []
     losses = {}
     images = {}
-    with accelerator.autocast(), on_loan(frozen.vae, accelerator.device):
+    with accelerator.autocast():
         for index in share(accelerator, held_out):
-            with attempt(failed, what):
+            with attempt(failed, what, kind):
                 losses[index] = measure_held_out(args, transformer, frozen, index)
         for number in share(accelerator, wanted):
-            with attempt(failed, what):
+            with attempt(failed, what, kind):
                 images[number] = draw_validation_image(args, transformer, frozen, number)
             if read_signal(accelerator, state.caught):
                 break
@@ -1653,8 +1908,7 @@ def validate(args, accelerator, trained, frozen, state):
     if accelerator.is_main_process:
         with attempt(failed, what):
             if len(losses) == held_out > 0:
-                loss = math.fsum(losses.values()) / held_out
-                accelerator.log({"validation_loss": loss}, step=state.step)
+                log_held_out(accelerator, list(losses.values()), state)
             if len(images) == wanted > 0:
                 paths = save_validation(args, accelerator, list(images.values()), state)
     if state.finished and failed:
@@ -1663,38 +1917,44 @@ def validate(args, accelerator, trained, frozen, state):
 
 
 def draw_validation_image(args, transformer, frozen, number):
-    """Validation image i, drawn from seed + i, with the flags' steps and guidance."""
-    options = {}
-    if args.validation_num_inference_steps:
-        options["num_inference_steps"] = args.validation_num_inference_steps
-    if args.validation_guidance_scale is not None:  # 0 is one
-        options["guidance_scale"] = args.validation_guidance_scale
-    (image,) = draw_images(args, transformer, frozen, args.validation_prompt, [args.seed + number], **options)
+    """A validation image; numbers count prompt after prompt, and image i of each prompt is drawn from seed + i."""
+    row, column = divmod(number, args.num_validation_images)
+    (image,) = draw_images(
+        args,
+        transformer,
+        frozen,
+        args.validation_prompt[row],
+        [args.seed + column],
+        num_inference_steps=args.validation_num_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+    )
     return image
 
 
 def save_validation(args, accelerator, images, state):
-    """Writes the images and their grid, and sends them to the trackers. Returns their paths."""
+    """Writes the images and their grid, a row a prompt, and sends them to the trackers. Returns their paths."""
     title = "test" if state.finished else "validation"
     pattern = "image_{}.png" if state.finished else f"validation/step-{state.step:06d}-{{}}.png"
     paths = [Path(args.output_dir, pattern.format(number)) for number in range(len(images))]
     paths[0].parent.mkdir(exist_ok=True)
     for path, image in zip(paths, images, strict=True):
         save_image(image, path)
-    grid = make_image_grid(images, 1, len(images))
+    prompts = args.validation_prompt
+    grid = make_image_grid(images, len(prompts), args.num_validation_images)
     save_image(grid, Path(args.output_dir, pattern.format("grid")))
-    pixels = np.stack([np.asarray(image) for image in images])
+    rows = {}
+    for number, pixels in enumerate(np.split(np.stack(images), len(prompts))):
+        words = re.sub(r"\W+", "_", prompts[number])[:60]  # trackers make it part of a file's name
+        rows[f"{title}_{number}_{words}" if len(prompts) > 1 else title] = pixels
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({title: pixels}, step=state.step, dataformats="NHWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({title: pixels}, step=state.step)
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        if hasattr(tracker, "log_images"):
+            tracker.log_images(rows, step=state.step, **options)
     return paths
 
 
 # ---- The result and the Hub -----------------------------------------------------------------------------------------
 
-CARD_MARK = "This model card has been generated automatically"  # in diffusers' template, to be removed by an editor
 LICENCE = "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md"
 
 
@@ -1714,32 +1974,50 @@ def describe_flags(args):
             continue
         words.append(f"--{name}")
         if value is not True:
-            words.append(shlex.quote(public_name(str(value))))
-    return " ".join(words)
+            values = value if isinstance(value, list) else [value]
+            words += [public_name(str(each)) for each in values]
+    return shlex.join(words)
+
+
+def describe_cost(state):
+    """What the updates took since the run was started or resumed, and the last held-out loss."""
+    updates = len(state.seconds)
+    seconds = sum(state.seconds)
+    each = seconds / max(updates, 1)
+    cost = f"{updates} updates in {seconds:.0f} s ({each:.2f} s each), at most {state.memory_gb:.1f} GB"
+    return f"{cost}; held-out loss {state.validation_loss:.4f}" if state.validation_loss else cost
 
 
 def describe_result(args, parts, repository, state):
     """The model card's text: what was trained, the program that loads it, and the flags."""
     base = public_name(args.pretrained_model_name_or_path)
-    options = {"revision": args.revision, "variant": args.variant}
-    load = "".join(f", {name}={value!r}" for name, value in options.items() if value)
+    given = {"revision": args.revision, "variant": args.variant}
+    options = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+    own = args.pretrained_transformer_model_name_or_path
+    if own:
+        call = f"from_pretrained({public_name(own)!r}"
+        if own.endswith(".safetensors"):
+            call = f"from_single_file({public_name(own)!r}, config={base!r}"
+        call += ", subfolder='transformer', torch_dtype=torch.bfloat16)"
+        options += f", transformer=diffusers.SD3Transformer2DModel.{call}"
+    source = RESULT["pipeline"].format(base=base, options=options, result=repository)
     if "text_encoder_3" not in parts:
-        load += ", text_encoder_3=None, tokenizer_3=None"
+        source += ", text_encoder_3=None, tokenizer_3=None"
     subject = f" Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
-    prompt = args.validation_prompt or args.instance_prompt or ""
+    prompts = args.validation_prompt or [args.instance_prompt or ""]
     return f"""# {RESULT["title"]} - {repository}
 
-DreamBooth weights for {base}, trained for {state.step} updates.{subject}
+DreamBooth weights for {base}, trained for {state.step} updates.{subject} {describe_cost(state)}.
 
 ```py
+import diffusers
 import torch
-from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}{load}, torch_dtype=torch.bfloat16)
+pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
 {RESULT["usage"].format(repository)}
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
-pipeline({prompt!r}, **size).images[0].save("image.png")
+pipeline({prompts[0]!r}, **size).images[0].save("image.png")
 ```
 
 ```sh
@@ -1750,8 +2028,16 @@ The base model's [licence]({LICENCE}) holds for these weights.
 """
 
 
+def sign_card(card):
+    """A model card with a hidden last line, by which a later run sees whether a person has changed it."""
+    return f"{card}\n<!-- The next run replaces this file unless it was changed: {derive_seed(card)} -->\n"
+
+
 def write_card(args, parts, repository, state, image_paths):
-    """Writes the model card, README.md, with the final images as its gallery. Keeps one that a person wrote."""
+    """Writes the model card, README.md, with the final images as its gallery.
+
+    A card that a person wrote or changed gets another name.
+    """
     base = args.pretrained_model_name_or_path
     data = huggingface_hub.ModelCardData(
         license="other",
@@ -1762,19 +2048,21 @@ def write_card(args, parts, repository, state, image_paths):
         tags=["text-to-image", "diffusers-training", "diffusers", "sd3", "sd3-diffusers", *RESULT["tags"]],
         base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base is not an id
         instance_prompt=args.instance_prompt,
-        widget=[{"text": args.validation_prompt, "output": {"url": path.name}} for path in image_paths],
+        widget=[
+            {"text": args.validation_prompt[number // args.num_validation_images], "output": {"url": path.name}}
+            for number, path in enumerate(image_paths)
+        ]
+        or None,
     )
+    gallery = "<Gallery />" if image_paths else ""
     text = describe_result(args, parts, repository, state)
-    if image_paths:
-        text = f"<Gallery />\n\n{text}"
-    # load_or_create_model_card would ask the Hub, also for a run that uploads nothing, and keep an old card.
-    template = hub_utils.MODEL_CARD_TEMPLATE_PATH
-    card = huggingface_hub.ModelCard.from_template(data, template_path=template, model_description=text)
     path = Path(args.output_dir, "README.md")
-    if path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        kept = path.rename(path.with_suffix(f".{time.time():.0f}.md"))
-        log.warning(f"{path} was written by hand; kept as {kept}")
-    card.save(path)
+    if path.is_file():
+        present = path.read_text(encoding="utf-8", errors="replace")
+        if present != sign_card(present.rpartition("\n<!--")[0]):
+            kept = path.rename(path.with_suffix(f".{time.time():.0f}.md"))
+            log.warning(f"{path} was written or changed by a person; it is now {kept}")
+    path.write_text(sign_card(f"---\n{data.to_yaml()}\n---\n\n{gallery}\n\n{text}"), encoding="utf-8")
 
 
 def open_repository(args, accelerator):
@@ -1840,6 +2128,8 @@ def start_accelerator(args):
             dataloader_config=utils.DataLoaderConfiguration(even_batches=False, non_blocking=True),
             step_scheduler_with_optimizer=False,  # else it would step once per process
             kwargs_handlers=[
+                # Else the half-precision copy of every float32 weight would stay until the forward pass ends.
+                utils.AutocastKwargs(cache_enabled=False),
                 utils.InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while one process encodes
                 # The only buffer, a 226 MB table of positions, never changes. Views avoid a copy of the gradients.
                 utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
@@ -1847,15 +2137,25 @@ def start_accelerator(args):
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         refuse("--mixed_precision fp16 needs a GPU: on a CPU take bf16 or no")
-    if accelerator.distributed_type.value == "FSDP":
+    if is_split(accelerator):
         check_fsdp(args, accelerator.state.fsdp_plugin)
     return accelerator
 
 
+WITHOUT_FSDP = (  # it splits one model, in float32, after it is loaded
+    "use_ema train_text_encoder use_8bit_adam bnb_quantization_config_path full_bf16 fused_backward_pass"
+).split()
+
+
 def check_fsdp(args, plugin):
-    """Refuses what FSDP2 cannot do, and has it leave the timesteps in float32."""
-    if args.use_ema or args.train_text_encoder:
-        refuse("--use_ema, --train_text_encoder: FSDP2 trains one model, in parts: leave them out, or use DDP")
+    """Refuses what FSDP2 cannot do, and has it leave the timesteps in float32 and the frozen encoders whole."""
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        refuse("FSDP is supported in its second version alone: set fsdp_version to 2, with accelerate 1.6 or later")
+    for name in WITHOUT_FSDP:
+        if vars(args).get(name):
+            refuse(f"--{name} does not work under FSDP2: leave it out, or choose DDP in `accelerate config`")
+    utils.disable_fsdp_ram_efficient_loading()  # transformers would read the encoders on one process alone
+    plugin.cpu_ram_efficient_loading = False
     policy = plugin.mixed_precision_policy
     if policy:  # bfloat16 can tell only 353 of the 1000 timesteps apart
         plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False)
@@ -1871,6 +2171,8 @@ def claim_folder(args, accelerator, cleanup):
         lock.acquire(timeout=0)
     except Timeout:
         refuse(f"--output_dir {args.output_dir!r} is in use by another run: give another folder")
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        log.warning(f"{folder} cannot be locked, so see to it that no other run writes to it ({error})")
     cleanup.callback(lock.release)
     for left in (folder / ENCODED, *folder.glob(".checkpoint-*.partial")):
         shutil.rmtree(left, ignore_errors=True)
@@ -1917,16 +2219,18 @@ def ignore_signals(worker):
 
 def read_signal(accelerator, caught):
     """The signal that any process has caught, or 0. A collective: to be called on all of them alike."""
-    number = torch.tensor([max(caught, default=0)], device=accelerator.device)
-    return int(accelerator.gather(number).max())
+    number = max(caught, default=0)
+    if accelerator.num_processes == 1:  # else the host would wait for the device
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def list_prompts(args, dataset, held_out):
     """All prompts that a run needs, each once; the empty one where captions are dropped or images are drawn."""
-    prompts = {args.validation_prompt, args.class_prompt} - {None}
+    prompts = {*(args.validation_prompt or ()), args.class_prompt} - {None}
     for images in filter(None, (dataset, held_out)):
-        for kind in images.prompts.values():
-            prompts.update(kind)
+        for choices in images.prompts.values():
+            prompts.update(*choices)
     if args.caption_dropout or args.validation_prompt:
         prompts.add("")
     return sorted(prompts)
@@ -1951,22 +2255,22 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
 
 
 def make_loader(args, accelerator, dataset):
-    """Batches on the device, this process's share; the sampler that orders them; updates per epoch and in all."""
-    sampler = EpochSampler(args, dataset, accelerator.num_processes)
+    """This process's batches, on the device; the list of all, to be filled each epoch; updates an epoch and in all."""
+    batches = Batches(order_epoch(args, dataset, accelerator.num_processes, 0))
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
         worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
-    updates = len(sampler) * args.train_batch_size // sampler.update
+    updates = len(batches) // (accelerator.num_processes * args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * updates
     if args.lr_warmup_steps > total and args.lr_scheduler != "constant":
         log.warning(f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends in the warm-up, after {total} updates")
-    return accelerator.prepare(loader), sampler, updates, total
+    return accelerator.prepare(loader), batches, updates, total
 
 
 def checkpoint_activations(model):
@@ -1978,27 +2282,30 @@ def checkpoint_activations(model):
             return
 
 
+def hand_out(accelerator, model, weights):
+    """Gives each process its part of the weights, which the main process alone has read. A collective."""
+    for part, weight in zip(model.state_dict().values(), weights.values(), strict=True):
+        weight = weight.to(accelerator.device)
+        torch.distributed.broadcast(weight, 0)
+        if isinstance(part, DTensor):  # else a buffer, which each process has as a whole
+            weight = distribute_tensor(weight, part.device_mesh, part.placements)
+        part.copy_(weight)
+
+
 def prepare_models(args, accelerator, models, total):
     """The models as accelerate runs them, their trained parameters, the optimizer, its schedule and the average."""
     if args.gradient_checkpointing:
         for model in models.values():
             checkpoint_activations(model)
     optimizer = make_optimizer(args, accelerator, models)
-    schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=total,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    schedule = make_schedule(args, optimizer, total)
+    weights = models["transformer"].state_dict()
     *wrapped, optimizer, schedule = accelerator.prepare(*models.values(), optimizer, schedule)
-    # Leave the weights to save_weights and load_trained, which use the format that users load.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    if is_split(accelerator):
+        hand_out(accelerator, wrapped[0], weights)
     if accelerator.num_processes > 1:  # from here on no step takes long: notice a hanging process sooner
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=20))
-    parameters = [parameter for model in wrapped for parameter in trained_parameters(model)]
+    parameters = sum(map(trained_parameters, wrapped), [])
     average = None
     if args.use_ema:
         copies = [parameter.float() for parameter in parameters]
@@ -2068,10 +2375,13 @@ def log_update(accelerator, optimizer, figures, state):
         figures["lr" if name == "transformer" else f"lr_{name}"] = group["lr"]
     seconds = time.perf_counter() - state.clock
     state.seconds.append(seconds)
-    memory = peak_memory_gb(accelerator.device)
-    accelerator.log(figures | {"seconds_per_update": seconds, "memory_gb": memory}, step=state.step)
+    state.memory_gb = peak_memory_gb(accelerator.device)
+    state.losses.append(figures["loss"])
+    average = float(np.ma.masked_invalid(state.losses[-100:]).mean())
+    figures |= {"loss_average": average, "seconds_per_update": seconds, "memory_gb": state.memory_gb}
+    accelerator.log(figures, step=state.step)
     state.bar.update()
-    state.bar.set_postfix(loss=figures["loss"], lr=figures["lr"], seconds=seconds, gb=memory)
+    state.bar.set_postfix(loss=figures["loss"], average=average, lr=figures["lr"], seconds=seconds, gb=state.memory_gb)
 
 
 def end_training(accelerator, state):
@@ -2099,11 +2409,7 @@ def report_end(args, accelerator, state, stop):
             print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
         sys.exit(128 + stop if stop else 1)
     log.info(f"The result is in {args.output_dir}")
-    if state.seconds:
-        updates = len(state.seconds)
-        seconds = sum(state.seconds)
-        memory = peak_memory_gb(accelerator.device)
-        log.info(f"{updates} updates in {seconds:.0f} s ({seconds / updates:.2f} s each), at most {memory:.1f} GB")
+    log.info(describe_cost(state))
 
 
 def choose_seed(args, manifest):
@@ -2128,7 +2434,7 @@ def draw_sheet(args, dataset):
 def report_dry_run(args, parts, accelerator, targets, dataset):
     """Says what the run would do, before any weights are loaded, and draws its images as the model gets them."""
     table = PromptTable(args, parts, accelerator, frozen_dtype(accelerator))
-    table.report_cut(sorted(set(dataset.prompts["instance"])))
+    table.report_cut(list_prompts(args, dataset, None))
     if args.with_prior_preservation:
         dataset.images["class"] = [None] * args.num_class_images  # missing ones are not drawn
     _, _, updates, total = make_loader(args, accelerator, dataset)
@@ -2142,7 +2448,7 @@ def report_dry_run(args, parts, accelerator, targets, dataset):
         count += sum(parameter.numel() for parameter in trained_parameters(model))
     print(f"updates: {total}, which is {total / updates:.1f} epochs of {updates}")
     print(f"trained: {count:,} parameters of {', '.join(targets)}")
-    print(f"drawn:   {Path(args.output_dir, 'dry_run.png')}, cropped as in the first epoch")
+    print("drawn:   dry_run.png in --output_dir, cropped as in the first epoch")
 
 
 def main(args):
@@ -2151,6 +2457,7 @@ def main(args):
     with contextlib.ExitStack() as cleanup:
         # The run's own folder, the base model, the layers to train, and the checkpoint to resume, if any.
         claim_folder(args, accelerator, cleanup)
+        check_optimizer(args, accelerator)
         parts = read_pipeline(args)
         targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
@@ -2168,7 +2475,7 @@ def main(args):
         start_trackers(args, accelerator, facts)
         if args.with_prior_preservation:
             add_class_images(args, parts, accelerator, dataset)
-        loader, sampler, updates, total = make_loader(args, accelerator, dataset)
+        loader, batches, updates, total = make_loader(args, accelerator, dataset)
 
         # Frozen models encode what training does not change, and are freed one by one. Then what is trained is loaded.
         frozen = encode_once(args, parts, accelerator, targets, dataset, held_out)
@@ -2183,8 +2490,8 @@ def main(args):
         first_epoch = max(state.step - 1, 0) // updates  # step - 1: its epoch's validation may be due
         seen = []
         for epoch in range(first_epoch, math.ceil(total / updates)):
-            sampler.epoch = epoch
-            sampler.start = max(state.step - epoch * updates, 0) * args.gradient_accumulation_steps
+            done = max(state.step - epoch * updates, 0)
+            batches[:] = order_epoch(args, dataset, accelerator.num_processes, epoch, done)
             state.clock = time.perf_counter()
             for batch in loader:
                 if state.step >= total:

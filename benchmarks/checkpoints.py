@@ -140,15 +140,24 @@ def write_tensors(path, tensors, block):
                 place, left = (place + len(piece)) % len(block), left - len(piece)
 
 
-def write_model(folder, make, block):
-    """Writes a model that `make` makes, with random weights, in files of up to SHARD bytes."""
+def sketch(make):
+    """A model without weights, on the meta device."""
     with torch.device("meta"):
-        model = make()
-    model.save_config(folder) if hasattr(model, "save_config") else model.config.save_pretrained(folder)
-    if not hasattr(model, "save_config"):
-        config = json.loads(Path(folder, "config.json").read_text())
-        config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
-        Path(folder, "config.json").write_text(json.dumps(config, indent=2))
+        return make()
+
+
+def write_config(folder, model):
+    if hasattr(model, "save_config"):
+        model.save_config(folder)
+        return
+    model.config.save_pretrained(folder)
+    config = json.loads(Path(folder, "config.json").read_text())
+    config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_weights(folder, model, block):
+    """Writes random weights for a model, in files of up to SHARD bytes."""
     once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # T5 names its table twice
     shards = [{}]
     for name, tensor in model.state_dict().items():
@@ -168,31 +177,48 @@ def write_model(folder, make, block):
         Path(folder, f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
-def build_real(folder, size):
-    """Writes a pipeline of a real size; what the sizes share lies beside it, in `shared`."""
+def build_light(folder, size):
+    """Writes of a pipeline what has no weights. Returns its models, on the meta device, and the text of its index."""
     light, models = make_parts(SIZES[size], (CLIP_TOKENS, T5_TOKENS))
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in light.items():
         part.save_pretrained(folder / name)
+    models = {name: sketch(make) for name, make in models.items()}
+    libraries = {name: "transformers" if name.startswith("text") else "diffusers" for name in models}
+    libraries |= {name: type(part).__module__.partition(".")[0] for name, part in light.items()}
+    classes = {name: [libraries[name], type(part).__name__] for name, part in (models | light).items()}
+    absent = dict.fromkeys(("image_encoder", "feature_extractor"), [None, None])
+    index = {"_class_name": "StableDiffusion3Pipeline", **classes, **absent}
+    return models, json.dumps(index, indent=2)
+
+
+def build_configs(folder, size):
+    """Writes a pipeline whose models have a config and no weights. Returns the folder."""
+    models, index = build_light(folder, size)
+    for name, model in models.items():
+        (folder / name).mkdir(exist_ok=True)
+        write_config(folder / name, model)
+    Path(folder, "model_index.json").write_text(index)
+    return folder
+
+
+def build_real(folder, size):
+    """Writes a pipeline of a real size; what the sizes share lies beside it, in `shared`."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.empty(2**24, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-    block, classes = numbers.view(torch.uint8).numpy().data, {}
-    for name, make in models.items():
+    block = numbers.view(torch.uint8).numpy().data
+    models, index = build_light(folder, size)
+    for name, model in models.items():
         place = folder / name if name == "transformer" else folder.parent / "shared" / name
         if not place.is_dir():
             partial = place.with_name(f".{name}")
             partial.mkdir(parents=True)
-            write_model(partial, make, block)
+            write_config(partial, model)
+            write_weights(partial, model, block)
             partial.rename(place)
         if name != "transformer":
             (folder / name).symlink_to(Path("..", "shared", name))
-        library = "transformers" if name.startswith("text") else "diffusers"
-        with torch.device("meta"):
-            classes[name] = [library, type(make()).__name__]
-    classes |= {name: [type(part).__module__.partition(".")[0], type(part).__name__] for name, part in light.items()}
-    index = {"_class_name": "StableDiffusion3Pipeline", **classes, "image_encoder": [None, None]}
-    index["feature_extractor"] = [None, None]
-    Path(folder, "model_index.json").write_text(json.dumps(index, indent=2))
+    Path(folder, "model_index.json").write_text(index)
 
 
 def build_checkpoint(folder, size):

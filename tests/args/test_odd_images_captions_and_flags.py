@@ -83,8 +83,7 @@ def test_used_right(script, name):
     pixels = script.scale_image(image, (32, 48))
     crop = script.crop_image(pixels, (32, 48), torch.Generator().manual_seed(0), False, True)
     assert crop.shape == (3, 32, 48)
-    assert torch.isfinite(crop).all()
-    assert crop.abs().max() <= 1
+    assert crop.dtype == torch.uint8
 
 
 @pytest.fixture
@@ -111,17 +110,14 @@ def test_named(read, capsys, tmp_path, name):
     assert lines[0].endswith("): repair or remove it)")
 
 
-def test_what_is_no_image_is_passed_over(script, read, caplog, tmp_path):
+def test_what_is_no_image_is_passed_over(read, tmp_path):
     (tmp_path / "dog.PNG").write_bytes(PNG)
     (tmp_path / "dog.txt").write_text("a caption")
     (tmp_path / ".hidden.png").write_bytes(PNG)
     (tmp_path / "nested.png").mkdir()
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    dataset = read(tmp_path)
-    assert dataset.images["instance"] == [tmp_path / "dog.PNG"]
-    passed_over = f"--instance_data_dir {tmp_path}: passed over .hidden.png, loop.png, nested.png, nowhere.png"
-    assert passed_over in caplog.messages
+    assert read(tmp_path).images["instance"] == [tmp_path / "dog.PNG"]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +172,7 @@ def test_fuzz_images(lora, data):
     place = data.draw(st.integers(0, len(base)))
     changed = base[:place] + data.draw(st.binary(max_size=12)) + base[place + data.draw(st.integers(0, 8)) :]
     try:
-        image = lora.open_image(changed, 64, 7)
+        image = lora.open_image({"path": None, "bytes": changed}, 64, 7)
     except ValueError as error:
         assert str(error).startswith("the image of row 7 cannot be read (")
         return

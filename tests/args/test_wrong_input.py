@@ -41,8 +41,14 @@ PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt
         ({"max_sequence_length": 0}, "argument --max_sequence_length: 0 is out of range: give 1 or more, less than"),
         ({"resolution": 500}, "--resolution 500 is not a multiple of 16 (VAE 8, patch 2): 496 is the nearest"),
         ({"resolution": 0}, "argument --resolution: 0 is out of range: give 16 or more"),
-        ({"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "33,32"}, "--aspect_ratio_buckets '33,32' is no"),
-        ({"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "0,32"}, "--aspect_ratio_buckets '0,32' is no"),
+        (
+            {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "33,32"},
+            "33 pixels are no side of a crop: give mul",
+        ),
+        (
+            {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "0,32"},
+            "--aspect_ratio_buckets '0,32': give heigh",
+        ),
         ({"adam_beta1": 1}, "argument --adam_beta1: 1 is out of range: give 0.0 or more, less than 1.0"),
         ({"seed": -1}, "argument --seed: -1 is out of range: give 0 or more, less than 4294967296"),
         ({"learning_rate": "nan"}, "argument --learning_rate: nan is out of range"),
@@ -55,16 +61,19 @@ PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt
             "--instance_data_dir '/nowhere' is not a folder: give the folder with the",
         ),
         ({"validation_data_dir": "/nowhere"}, "--validation_data_dir '/nowhere' is not a folder"),
-        ({"instance_data_dir": EMPTY}, f"--instance_data_dir {EMPTY!r}: it has none: give a folder with .avif, .bmp"),
+        ({"instance_data_dir": EMPTY}, f"--instance_data_dir {EMPTY!r}: there is no image in it: give a folder that"),
         ({"logging_dir": "../logs"}, "--logging_dir '../logs' leads out of --output_dir"),
         ({"logging_dir": "."}, "--logging_dir '.' leads out of --output_dir"),
         ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint 'nowhere': no whole checkpoint, neither"),
         ({"dataset_name": "/nowhere"}, "--dataset_name '/nowhere' cannot be read ("),
         # What only the model's configuration can tell; no weight is read for it.
-        ({"resolution": 272}, "272x272 pixels are too many: the transformer has positions for 256 a side"),
+        (
+            {"resolution": 272},
+            "272 pixels are no side of a crop: give multiples of 16, at most this transformer's 256",
+        ),
         (
             {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "16,512"},
-            "16x512 pixels are too many: the transformer has positions for 256 a side",
+            "512 pixels are no side of a crop: give multiples of 16, at most this transformer's 256",
         ),
     ],
 )
@@ -100,10 +109,10 @@ def test_zero_where_it_makes_sense(script, refused, argv, name):
         ({"rank": 0}, "argument --rank: 0 is out of range: give 1 or more"),
         ({"lora_alpha": 0}, "argument --lora_alpha: 0 is out of range: give 1e-30 or more"),
         ({"lora_dropout": 1}, "argument --lora_dropout: 1 is out of range: give 0.0 or more, less than 1.0"),
-        ({"lora_blocks": "0,2"}, "--lora_blocks: '2' is no block; the transformer has blocks 0 to 1"),
-        ({"lora_blocks": "0-2"}, "--lora_blocks: '0-2' is no block; the transformer has blocks 0 to 1"),
-        ({"lora_blocks": "1-0"}, "--lora_blocks: '1-0' is no block; the transformer has blocks 0 to 1"),
-        ({"lora_blocks": "0,x"}, "--lora_blocks: 'x' is no block; the transformer has blocks 0 to 1"),
+        ({"lora_blocks": "0,2"}, "--lora_blocks: '2' is not a block; the transformer has blocks 0 to 1"),
+        ({"lora_blocks": "0-2"}, "--lora_blocks: '0-2' is not a block; the transformer has blocks 0 to 1"),
+        ({"lora_blocks": "1-0"}, "--lora_blocks: '1-0' is not a block; the transformer has blocks 0 to 1"),
+        ({"lora_blocks": "0,x"}, "--lora_blocks: 'x' is not a block; the transformer has blocks 0 to 1"),
         (
             {"lora_layers": "attn.to_q,attn.to_x"},
             "--lora_layers: no layer is named 'attn.to_x'; there are attn.add_k_",
@@ -208,12 +217,9 @@ def test_hub_model_that_cannot_be_had(kind, tmp_path, offline):
     lines = [line for line in done.stderr.splitlines() if " error: " in line]
     assert len(lines) == 3
     models = ("user/gated", "user/missing", "nowhere/at/all")
-    causes = ("(403 ", "(404 ", "Repo id must be in the form")
-    for line, model, cause in zip(lines, models, causes, strict=True):
-        start = f"--pretrained_model_name_or_path {model!r}: no model_index.json can be read ("
+    for line, model in zip(lines, models, strict=True):
+        start = f"--pretrained_model_name_or_path {model!r}: no model_index.json can be read: {ACCESS} ("
         assert line.startswith(f"-c: error: {start}")
-        assert line.endswith(ACCESS)
-        assert offline or cause in line
     assert "Traceback" not in done.stderr
 
 

@@ -49,8 +49,8 @@ def test_stops_at_the_update_and_goes_on(script, argv, run, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("when", ["along the way", "at the end"])
-def test_stops_in_the_middle_of_drawing(script, kind, argv, monkeypatch, tmp_path, when):
-    """At the denoising step at which it comes, of the first of two images; at the end after the weights."""
+def test_stops_between_two_images(script, kind, argv, monkeypatch, tmp_path, when):
+    """After the image during which it comes, the first of two; at the end after the weights."""
     step, found = FlowMatchEulerDiscreteScheduler.step, []
 
     def told(*args, **kwargs):
@@ -61,8 +61,9 @@ def test_stops_in_the_middle_of_drawing(script, kind, argv, monkeypatch, tmp_pat
 
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", told)
     flags = {"validation_prompt": "a dog", "num_validation_images": 2, "validation_epochs": 1}
+    flags["validation_num_inference_steps"] = 4
     updates = stop(script, argv, 143, **flags, max_train_steps=6 if when == "along the way" else 2)
-    assert found == [when == "at the end"] * 2
+    assert found == [when == "at the end"] * 4
     assert [name for name in read_files(tmp_path / "out") if name.endswith(".png")] == []
     if when == "at the end":
         assert len(updates) == 2
@@ -103,7 +104,8 @@ def test_loader_processes_leave_a_signal_to_the_group_to_the_run(argv, tmp_path)
     assert said.splitlines()[-1] == f"what was trained is saved in {tmp_path / 'out'}, but {way}"  # no bar below it
 
 
-# Two images on two processes: an epoch is one update. The second process alone is told, within that call.
+# Two images on two processes: an epoch is one update. The second process alone is told, within that call; of three
+# validation images the third is then not drawn, and none is kept.
 TOLD = {
     "update": ({"max_train_steps": 6}, ("flow_losses", 2), 2, ["checkpoint-2"]),
     "drawing": ({"max_train_steps": 6}, ("draw_images", 1), 2, ["checkpoint-2"]),
@@ -116,7 +118,7 @@ def test_all_processes_stop_where_one_is_told(argv, tmp_path, in_two_processes):
     cases = []
     for name, (flags, (function, call), _, _) in TOLD.items():
         if function == "draw_images":
-            flags = flags | {"validation_prompt": "a dog", "num_validation_images": 2, "validation_epochs": 1}
+            flags = flags | {"validation_prompt": "a dog", "num_validation_images": 3, "validation_epochs": 1}
         case = {"script": "lora", "argv": argv(**flags, output_dir=tmp_path / name), "exit": 143}
         case |= {"tell": {"name": function, "call": call, "rank": 1}, "record": str(tmp_path / f"{name}.record")}
         cases.append(case)

@@ -32,12 +32,14 @@ BF16_WEIGHTS = {"full_bf16": True, "mixed_precision": "bf16"}
 SMALL = IMAGES | {"gradient_checkpointing": True, "offload": True, "train_text_encoder": True}
 # Flags that a row leaves out: float32, two updates of one picture each. "runs" gives the lengths of the run and of
 # those that go on from its checkpoint; "waits" how often an update waits for the device where that is not once;
-# "within" how close the weights are where that is not 0.
+# "within" how close the weights are where that is not 0; "free" how much memory the device says it has left.
 CASES = {
     "plain": {},
     "prior, class images drawn, cached latents, no T5": PRIOR | {"cache_latents": True, "no_t5": True},
     "text encoders, gradient checkpointing": {"train_text_encoder": True, "gradient_checkpointing": True},
     "offload, validation": IMAGES | {"offload": True},
+    "nothing fits": IMAGES | PRIOR | {"free": 0},
+    "blocks in RAM, validation": IMAGES | {"blocks_to_swap": 2, "gradient_checkpointing": True, "use_dora": True},
     "captions, accumulation": CAPTIONS | {"gradient_accumulation_steps": 2},
     "Prodigy": {"optimizer": "prodigy", "learning_rate": 1.0, "waits": 200},  # asks for the norm of each weight's sum
     "8 bit": {"use_8bit_adam": True, "runs": (2, 3), "within": 1e-6},  # for small weights a kernel of another order
@@ -53,7 +55,7 @@ ROWS = [  # a flag that one script alone has makes no row of the other
     pytest.param(kind, case, id=f"{kind}-{case}")
     for kind, path in SCRIPTS.items()
     for case, flags in CASES.items()
-    if all(f'"--{flag}"' in path.read_text() for flag in flags.keys() & {"fused_backward_pass", "full_bf16"})
+    if all(f'"--{flag}"' in path.read_text() for flag in flags.keys() & {"fused_backward_pass", "full_bf16", "blocks_to_swap"})
 ]
 SMALL_STATES = {"full": {}, "lora": {"rank": 256}}  # below 4096 elements bitsandbytes keeps them in float32
 
@@ -72,9 +74,9 @@ class VirtualDevice:
         line = self.process.stdout.readline()
         return json.loads(line) if line else f"the process ended: {self.log.read_text()[-2000:]}"
 
-    def run(self, path, argv=()):
+    def run(self, path, argv=(), free=2**34):
         """Error of a run, or "", and how often the host waited for the device in each update from the second on."""
-        print(json.dumps([str(path), *argv]), file=self.process.stdin, flush=True)
+        print(json.dumps([free, str(path), *argv]), file=self.process.stdin, flush=True)
         answer = self.read()
         assert isinstance(answer, dict), answer
         waits = answer["waits"]
@@ -130,6 +132,7 @@ def test_torch_has_what_the_device_leans_on():
 def test_runs(kind, script, script_path, run, argv, device, captioned, tmp_path, case):
     flags = {"repeats": 8, "prior_generation_precision": "fp32"} | CASES[case]
     runs, allowed, within = flags.pop("runs", (2,)), flags.pop("waits", 1), flags.pop("within", 0)
+    free = flags.pop("free", 2**34)
     if flags.pop("captions", False):
         flags["instance_data_dir"] = captioned
     if flags.get("use_8bit_adam"):
@@ -141,9 +144,9 @@ def test_runs(kind, script, script_path, run, argv, device, captioned, tmp_path,
             flags |= {"class_data_dir": tmp_path / f"{place}-class"} if "class_prompt" in flags else {}
             flags |= {"resume_from_checkpoint": "latest"} if length > runs[0] else {}
             if place == "cpu":
-                run(script, **flags)
+                run(script, **flags | {"blocks_to_swap": None})  # it needs a card
             else:
-                error, waits = device.run(script_path, argv(**flags))
+                error, waits = device.run(script_path, argv(**flags), free)
                 assert not error, error
                 assert (length == runs[0]) <= max(waits, default=0) <= allowed, waits
         flags.pop("resume_from_checkpoint", None)

@@ -33,7 +33,12 @@ ALONE = (
     "adapter_layers",
     "adapter_scale",
     "read_adapters",
+    "SwappedBlocks",
+    "cut_positions",
+    "describe_adapters",
+    "save_with_header",
     "SingleUpdates",
+    "copy_part",
 )
 
 

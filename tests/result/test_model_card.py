@@ -10,11 +10,6 @@ from accelerate import PartialState
 from conftest import isolated
 from PIL import Image
 
-PAGE = "https://huggingface.co/stabilityai/stable-diffusion-{}/blob/main/LICENSE.md"
-SD3 = {"qk_norm": None, "dual_attention_layers": []}
-MEDIUM = {"qk_norm": "rms_norm", "dual_attention_layers": list(range(13))}
-LARGE = {"qk_norm": "rms_norm", "dual_attention_layers": []}
-
 
 def read_card(path):
     """The card's header as a dict, its text and its program."""
@@ -39,44 +34,25 @@ def write(script, argv, tmp_path):
     return write
 
 
-@pytest.mark.parametrize(
-    ("config", "model", "family", "page", "version"),
-    [
-        (SD3, "stabilityai/stable-diffusion-3-medium-diffusers", "Stable Diffusion 3 Medium", "3-medium", "sd3"),
-        ({}, "me/my-sd3", "Stable Diffusion 3 Medium", "3-medium", "sd3"),
-        (MEDIUM, "stabilityai/stable-diffusion-3.5-medium", "Stable Diffusion 3.5 Medium", "3.5-medium", "sd3.5"),
-        (MEDIUM, "me/medium-turbo", "Stable Diffusion 3.5 Medium", "3.5-medium", "sd3.5"),
-        (MEDIUM, "me/not-so-large", "Stable Diffusion 3.5 Medium", "3.5-medium", "sd3.5"),
-        (LARGE, "stabilityai/stable-diffusion-3.5-large", "Stable Diffusion 3.5 Large", "3.5-large", "sd3.5"),
-        (LARGE, "me/mine", "Stable Diffusion 3.5 Large", "3.5-large", "sd3.5"),
-        (
-            LARGE,
-            "stabilityai/stable-diffusion-3.5-large-turbo",
-            "Stable Diffusion 3.5 Large Turbo",
-            "3.5-large-turbo",
-            "sd3.5",
-        ),
-    ],
-)
-def test_base_model(script, kind, write, monkeypatch, config, model, family, page, version):
-    monkeypatch.setattr(script, "read_transformer_config", lambda args: config)
+@pytest.mark.parametrize("model", ["stabilityai/stable-diffusion-3.5-large", "me/my-sd3"])
+def test_base_model(script, kind, write, monkeypatch, model):
     monkeypatch.setattr(script, "read_pipeline", lambda args: dict.fromkeys(["text_encoder_3", "tokenizer_3"]))
     header, text, program = read_card(write(pretrained_model_name_or_path=model))
     assert header["base_model"] == model
-    assert header["base_model_relation"] == {"lora": "adapter", "full": "finetune"}[kind]
     assert header["license"] == "other"
     assert header["license_name"] == "stabilityai-ai-community"
-    assert header["license_link"] == PAGE.format(page)
-    assert {version, f"{version}-diffusers"} <= set(header["tags"])
+    assert header["license_link"] == script.LICENCE
+    assert {"sd3", "sd3-diffusers", "text-to-image"} <= set(header["tags"])
     assert ("lora" in header["tags"]) == (kind == "lora")
     assert header["library_name"] == "diffusers"
     assert header["instance_prompt"] == "a photo of sks dog"
-    assert f"DreamBooth weights for {model} ({family})" in text
-    assert f"[licence]({PAGE.format(page)})" in text
+    assert f"DreamBooth weights for {model}, trained for 7 updates." in text
+    assert f"[licence]({script.LICENCE})" in text
     assert "Their subject is called `a photo of sks dog`." in text
     assert "widget" not in header
     assert "<Gallery />" not in text
     assert "'user/dog'" in program
+    assert (repr(model) in program) == (kind == "lora")
 
 
 def test_gallery_and_odd_prompts(write):
@@ -93,8 +69,7 @@ def test_gallery_and_odd_prompts(write):
 def test_how_it_was_trained(write, pictures):
     """What was given, less secrets, folders above the names, and what is as it would be without."""
     text = write(hub_token="hf_secret", push_to_hub=True, learning_rate=0.5, random_flip=True).read_text()
-    assert "Trained for 7 updates on 2 x cpu with torch " in text
-    for word in (" diffusers 0.", "--learning_rate 0.5", "--random_flip", f"--instance_data_dir {pictures().name} "):
+    for word in ("--learning_rate 0.5", "--random_flip", f"--instance_data_dir {pictures().name} "):
         assert word in text, word
     for absent in ("hf_secret", "--rank", str(pictures()), "--output_dir"):
         assert absent not in text, absent

@@ -114,7 +114,7 @@ def watch_levels(monkeypatch, script, record):
 
     def watched(*given, **options):
         if "levels" not in record and torch.is_grad_enabled():
-            args, transformer, scheduler, (latents, noise, _, _), text = given
+            args, transformer, scheduler, (latents, noise, _, _), text, *_ = given
             layers = {"latents": transformer.pos_embed, "timesteps": transformer.time_text_embed}
             record["levels"] = {}
             hooks = [

@@ -57,6 +57,7 @@ ops.aten.convolution_backward_overrideable ops.aten._pin_memory ops.aten._copy_f
 ops.aten._local_scalar_dense""".split()
 CPU, CPU_KERNEL, Device = torch.device("cpu"), torch._C.DispatchKey.CPU, torch.device
 aten, counts = torch.ops.aten, collections.Counter()  # what the device did, printed at the end
+free_bytes = [2**34]  # what the device says it has left; a run can be given less
 # CUDA's autocast (ATen/autocast_mode.h): what it has a rule for and is in none of these lists is done in float32.
 LOWER = """_convolution _convolution.deprecated addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d conv3d
 conv_tbc conv_transpose1d conv_transpose2d.input conv_transpose3d.input einsum gru_cell linalg_multi_dot linalg_vecdot
@@ -363,13 +364,16 @@ def replace_in_cuda():
     answers = dict.fromkeys("set_device synchronize empty_cache ipc_collect reset_peak_memory_stats".split())
     answers |= dict.fromkeys("memory_allocated max_memory_allocated memory_reserved max_memory_reserved".split(), 0)
     answers |= dict.fromkeys("is_available is_initialized is_bf16_supported".split(), True)
-    answers |= {"device_count": 1, "current_device": 0, "mem_get_info": (2**34, 2**34)}
-    answers |= {"get_device_name": traits.name, "get_device_capability": (8, 0), "get_device_properties": traits}
+    answers |= {"device_count": 1, "current_device": 0, "get_device_name": traits.name}
+    answers |= {"get_device_capability": (8, 0), "get_device_properties": traits}
     for name, answer in answers.items():
         setattr(cuda, name, functools.partial(lambda answer, *_, **__: answer, answer))
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # bitsandbytes wants it as it is imported
     cuda._lazy_init, cuda._initialized = lambda: None, True
     cuda.device = type("device", (contextlib.nullcontext,), {})
+    cuda.Stream = type("Stream", (), {"__init__": lambda self, device=None: None, "wait_stream": lambda *_: None})
+    cuda.current_stream, cuda.stream = cuda.Stream, contextlib.nullcontext
+    cuda.mem_get_info = lambda device=None: (free_bytes[0], 2**34)
     cuda.default_generators, cuda.initial_seed = (generator,), generator.initial_seed
     cuda.manual_seed = cuda.manual_seed_all = generator.manual_seed
     cuda.get_rng_state, cuda.get_rng_state_all = lambda *_: generator.get_state(), lambda: [generator.get_state()]
@@ -423,7 +427,7 @@ def try_out():
 def serve():
     """Runs a script for each line of standard input, and answers with a line, both JSON; the first answer is "ready".
 
-    A line is [path, flags]. The answer has "error", empty or a traceback, and "waits": how often the host had waited
+    A line is [free bytes, path, flags]. The answer has "error", empty or a traceback, and "waits": how often the host had waited
     for the device, after each step of the optimizer.
     """
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -442,7 +446,7 @@ def serve():
     register_optimizer_step_post_hook(lambda *_: seen.append(waits()))
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
-        sys.argv[:] = json.loads(line)
+        free_bytes[0], *sys.argv[:] = json.loads(line)
         seen.clear()
         try:
             with isolated():

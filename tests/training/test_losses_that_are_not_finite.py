@@ -65,8 +65,8 @@ def test_a_bad_update_is_skipped_counted_and_logged(script, end, poison, rows, t
     poison({2, 4}, gradient_alone)
     with caplog.at_level(logging.WARNING):
         end(script, max_train_steps=4, checkpointing_steps=1)
-    said = [line.split(",")[0] for line in caplog.messages if "skipped" in line]
-    assert said == ["[RANK 0] update 2 is skipped", "[RANK 0] update 4 is skipped"]
+    said = [line.split(":")[0] for line in caplog.messages if "skipping" in line]
+    assert said == ["[RANK 0] skipping update 2", "[RANK 0] skipping update 4"]
     assert {row["step"]: row["skipped_updates"] for row in rows if "skipped_updates" in row} == {2: 1, 4: 2}
     weights = [read_weights(tmp_path / f"out/checkpoint-{step}") for step in (1, 2, 3, 4)]
     assert weights[0] == weights[1] != weights[2] == weights[3]

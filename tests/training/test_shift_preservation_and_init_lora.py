@@ -115,11 +115,10 @@ def test_its_target_is_the_base_models_prediction_bit_for_bit(lora, run, monkeyp
     """Also once the adapters have learned: the target of the last update is what a fresh run's first one sees."""
     targets, whole = [], lora.flow_losses
 
-    def watched(*inputs, target=None):
-        losses, prediction = whole(*inputs, target=target)
+    def watched(args, transformer, scheduler, drawn, text, target=None):
         if target is not None:
-            targets.append((*inputs[3][:3], target))
-        return losses, prediction
+            targets.append((*drawn[:3], target))
+        return whole(args, transformer, scheduler, drawn, text, target)
 
     monkeypatch.setattr(lora, "flow_losses", watched)
     run(lora, **KEPT, **flags, learning_rate=1e-2, max_train_steps=4, output_dir=tmp_path / "learned")
@@ -139,8 +138,8 @@ def test_preservation_keeps_what_the_class_prompt_draws(lora, run, tmp_path):
     for name, weight in (("without", 1e-12), ("with", 10.0)):
         preserved = []
 
-        def watched(*inputs, target=None, preserved=preserved):
-            losses, prediction = whole(*inputs, target=target)
+        def watched(args, transformer, scheduler, drawn, text, target=None, preserved=preserved):
+            losses, prediction = whole(args, transformer, scheduler, drawn, text, target)
             if target is not None:
                 preserved.append(losses.mean().item())
             return losses, prediction
@@ -223,7 +222,7 @@ def test_other_adapters_are_refused_before_anything_is_encoded(lora, argv, other
     if "init_lora" in flags:
         assert "the adapters in 'nothing' cannot be read" in message
     else:
-        assert "differ, such as transformer_blocks." in message
+        assert "differ, such as ('transformer_blocks." in message
 
 
 def test_text_encoders_it_lacks_are_refused(lora, argv, other, capsys):
