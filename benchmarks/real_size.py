@@ -44,7 +44,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="sd3.5-medium", help=f"Real sizes: {', '.join(REAL_SIZES)}.")
     parser.add_argument("--full", action="store_true", help="Train the whole transformer, then resume.")
-    parser.add_argument("--updates", type=int, default=4, help="Updates of a run.")
+    parser.add_argument("--updates", type=int, default=4, help="Updates per run.")
     parser.add_argument("--ours", help="Our script; unset: this repository's.")
     parser.add_argument("--other", help="Another script to compare it with.")
     parser.add_argument("--runner", help="A program that runs the other script; it gets its path and flags.")
