@@ -29,6 +29,8 @@ The twin, train_dreambooth_lora_sd3.py, trains LoRA adapters; `diff` of the two 
 import argparse
 import contextlib
 import dataclasses
+import errno
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -60,6 +62,15 @@ TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab tracki
 METHOD = "dreambooth-sd3"
 PRECISIONS = ("no", "fp32", "fp16", "bf16")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
+
+
+class Stderr(io.FileIO):
+    """Standard error that may go away, like a closed terminal, without ending the run. A file gets lines for bars."""
+
+    def write(self, data):
+        with contextlib.suppress(OSError):
+            super().write(data if self.isatty() else data.replace(b"\r", b"\n"))
+        return len(data)
 
 
 def refuse(message):
@@ -181,7 +192,7 @@ def add_method_flags(parser):
     add("--train_text_encoder", "Also train the text encoders.", bool)
     add("--fused_backward_pass", "Update each weight in the backward pass: less memory.", bool)
     add("--full_bf16", "Train bfloat16 weights, rounded stochastically: less memory.", bool)
-    parser.set_defaults(tracker_project_name=METHOD)
+    parser.set_defaults(output_preservation_weight=0, tracker_project_name=METHOD)
 
 
 def add_training_flags(parser):
@@ -305,7 +316,7 @@ def check_data_flags(args):
 
 def check_class_flags(args):
     """Refuses prior and output preservation that lack a flag, and says which flags have no effect."""
-    preserve_outputs = vars(args).get("output_preservation_weight")
+    preserve_outputs = args.output_preservation_weight
     if preserve_outputs and (args.with_prior_preservation or not args.class_prompt):
         refuse("--output_preservation_weight needs --class_prompt, and excludes --with_prior_preservation")
     for name in ("class_data_dir", "class_prompt"):
@@ -350,7 +361,10 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds: --help and a wrong flag answer at once
+    sys.stderr = io.TextIOWrapper(Stderr(2, "w"), write_through=True)
     ARGS = parse_args()
+    if not sys.stderr.isatty():  # the seconds between two lines of a bar
+        os.environ.update(TQDM_MININTERVAL="30", TQDM_MAXINTERVAL="60")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about a missing torchvision, which is not needed
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # the libraries' progress bars: one process is enough
@@ -659,7 +673,8 @@ class TensorFolder:
             made = make(some)
             for number, key in enumerate(some):
                 tensors = {name: tensor[number : number + 1].cpu().contiguous() for name, tensor in made.items()}
-                save_file(tensors, self.path(key))
+                with or_refuse(f"{self.folder} cannot be written"):
+                    save_file(tensors, self.path(key))
         accelerator.wait_for_everyone()
 
 
@@ -1098,12 +1113,21 @@ def flow_losses(args, transformer, scheduler, drawn, text, target=None):
     return losses, prediction
 
 
+def loss_weights(args):
+    """Weight of each kind of loss by name, in the order in which batch_losses gives them."""
+    weights = {"instance_loss": 1}
+    if args.with_prior_preservation:
+        weights["prior_loss"] = args.prior_loss_weight
+    if args.output_preservation_weight:
+        weights["preservation_loss"] = args.output_preservation_weight
+    return weights
+
+
 def mean_loss(args, losses):
-    """The loss that is minimised: the instance images' mean, and the class images' by --prior_loss_weight."""
-    if not args.with_prior_preservation:
-        return losses.mean()
-    instance, prior = losses.chunk(2)
-    return instance.mean() + args.prior_loss_weight * prior.mean()
+    """The loss that is minimised: the weighted sum of each kind's mean."""
+    weights = loss_weights(args).values()
+    kinds = losses.chunk(len(weights))
+    return sum(weight * kind.mean() for weight, kind in zip(weights, kinds, strict=True))
 
 
 @dataclasses.dataclass
@@ -1127,7 +1151,7 @@ RESULT = {  # what the model card says of it and what is uploaded
 }
 
 
-def choose_targets(args, parts, accelerator):
+def choose_targets(args, parts, accelerator, checkpoint):
     """Models that are trained as a whole, by name. Refuses flags that exclude each other, and a damaged config."""
     names = [name for name in TEXT_ENCODERS if args.train_text_encoder and name in parts]
     precision = accelerator.mixed_precision
@@ -1175,7 +1199,8 @@ def load_trained(args, parts, accelerator, targets, checkpoint):
     """The models of `targets` with all parameters trainable: the base's or a checkpoint's."""
     if accelerator.is_main_process:  # now, because later the disk may be full
         for name in parts.keys() - set(targets):
-            copy_part(args, name)
+            with or_refuse(f"{name} cannot be copied to --output_dir {args.output_dir!r}"):
+                copy_part(args, name)
     dtype = torch.bfloat16 if args.full_bf16 else torch.float32
     trained = {}
     for name, layers in targets.items():
@@ -1219,7 +1244,6 @@ def save_weights(args, accelerator, models, folder, parts=None):
         for name in names:
             index[name] = parts.get(name, (None, None))
         Path(folder, "model_index.json").write_text(json.dumps(index, indent=2))
-    accelerator.wait_for_everyone()
 
 
 def batch_losses(args, accelerator, models, frozen, prompts, drawn):
@@ -1436,41 +1460,65 @@ def save_checkpoint(args, accelerator, trained, state):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
     folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
-    try:
+    what = f"saving {folder}, where {shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free,"
+    failed = []
+    with attempt(failed, what):
+        save_weights(args, accelerator, trained.models, partial)
         # Under FSDP2 accelerator.save_state would write the whole model as well.
         partial.mkdir(exist_ok=True)
         if accelerator.is_main_process or is_split(accelerator):
             for file, part in list_states(accelerator, trained).items():
                 torch.save(part.state_dict(), partial / file)
-        save_weights(args, accelerator, trained.models, partial)  # ends when all processes have come so far
-        if accelerator.is_main_process:
-            complete_checkpoint(args, trained.average, state, partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # it may have filled the disk
-        raise
+    failed = utils.gather_object(failed)  # now all processes have written their part
     if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        tidy_checkpoints(args, state.step)
+        with attempt(failed, what):
+            if not failed:
+                complete_checkpoint(args, trained.average, state, partial)
+                remove(folder)
+                partial.rename(folder)
+                tidy_checkpoints(args, state.step)
+                log.info(f"Saved {folder}")
+        remove(partial)  # it may have filled the disk
+        state.failed += failed[:1]
     accelerator.wait_for_everyone()
-    log.info(f"Saved {folder}")
 
 
 def complete_checkpoint(args, average, state, folder):
-    """Adds the averaged weights and the manifest to what is written, and flushes all of it to the disk."""
+    """Adds the averaged weights and the manifest to what is written."""
     if average:
         tensors = {str(number): weight.contiguous() for number, weight in enumerate(average.shadow_params)}
         tensors["step"] = torch.tensor(average.optimization_step)
         save_file(tensors, folder / AVERAGE)
+    write_manifest(args, state, folder, ["**/*"])
+
+
+def write_manifest(args, state, folder, patterns):
+    """Writes what a checkpoint or the result consists of, gives it the umask's mode and flushes it to the disk."""
     sizes = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    for pattern in patterns:
+        for path in Path(folder).glob(pattern):
+            if path.is_file():
+                sizes[str(path.relative_to(folder))] = path.stat().st_size
     manifest = {"format": FORMAT, "step": state.step, "seed": args.seed, "run": state.facts, "files": sizes}
-    Path(folder, MANIFEST).write_text(json.dumps(manifest, indent=2))
+    path = Path(folder, MANIFEST)
+    path.write_text(json.dumps(manifest, indent=2))
     for name in (*sizes, MANIFEST):
-        with Path(folder, name).open("rb+") as file:
-            os.fsync(file.fileno())  # else a crash now could leave the name without the contents
+        with contextlib.suppress(OSError):  # a file system without modes
+            Path(folder, name).chmod(path.stat().st_mode)
+        try:
+            with Path(folder, name).open("rb+") as file:
+                os.fsync(file.fileno())  # else a crash now could leave the name without the contents
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning_once(f"{args.output_dir} cannot be flushed to its disk, a crash may cost files: {error}")
+
+
+def remove(folder):
+    """Removes a folder; of one that was moved elsewhere and linked back, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def tidy_checkpoints(args, step):
@@ -1482,7 +1530,7 @@ def tidy_checkpoints(args, step):
             log.warning(f"{path} belongs to an abandoned run; renamed to {aside}")
     kept = [path for number, path in present.items() if number <= step]
     for old in kept[args.checkpoints_total_limit or sys.maxsize :]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
 
 
 def list_checkpoints(output_dir):
@@ -1522,6 +1570,12 @@ def find_checkpoint(args):
         return None, {}
     if wanted != "latest":
         present = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
+    else:
+        with contextlib.suppress(ValueError):  # no result, or not a whole one
+            manifest = read_manifest(args.output_dir)
+            asked = {"max_train_steps": args.max_train_steps, "num_train_epochs": args.num_train_epochs}
+            if asked.items() <= manifest["run"].items():
+                return Path(args.output_dir), manifest
     for folder in present:
         try:
             return folder, read_manifest(folder)
@@ -1533,8 +1587,9 @@ def find_checkpoint(args):
     return None, {}
 
 
-def compare_runs(accelerator, checkpoint, then, now):
+def compare_runs(accelerator, checkpoint, manifest, now):
     """Stops if the checkpoint's model or optimizer settings differ; warns about other changes, which take effect."""
+    then = manifest.get("run", now)
     differ = [name for name in then if name in now and then[name] != now[name]]
     fixed = MUST_MATCH
     if is_split(accelerator):
@@ -1554,6 +1609,8 @@ def compare_runs(accelerator, checkpoint, then, now):
 
 def resume(accelerator, checkpoint, trained, state):
     """Loads what goes with a checkpoint's weights: optimizer, schedule, scaler, average. The flags' settings win."""
+    if not checkpoint or state.finished:
+        return
     settings = []
     for group in trained.optimizer.param_groups:
         settings.append({name: group[name] for name in SETTINGS})
@@ -1594,6 +1651,24 @@ def evaluation(trained):
         if trained.average:
             trained.average.restore(trained.parameters)
         models.train()
+
+
+@contextlib.contextmanager
+def rescue(args, accelerator, trained, state):
+    """Saves a checkpoint if an error ends the training of one process; of several, others may be waiting elsewhere.
+
+    An update that the error has cut short may be in it in part. An older result does not count as one from here on.
+    """
+    if not state.finished:
+        Path(args.output_dir, MANIFEST).unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:
+        lost = not state.finished and state.step not in {0, *list_checkpoints(args.output_dir)}
+        finite = all(parameter.isfinite().all() for parameter in trained.parameters)
+        if lost and finite and accelerator.num_processes == 1:
+            save_checkpoint(args, accelerator, trained, state)
+        raise
 
 
 @contextlib.contextmanager
@@ -1677,7 +1752,8 @@ def draw_class_images(args, parts, accelerator, numbers):
             images = draw_images(args, transformer, frozen, args.class_prompt, seeds)
         for number, image in zip(batch, images, strict=True):
             digest = hashlib.sha256(image.tobytes()).hexdigest()
-            save_image(image, Path(args.class_data_dir, f"{number}-{digest[:16]}.png"))
+            with or_refuse(f"--class_data_dir {args.class_data_dir!r} cannot be written"):
+                save_image(image, Path(args.class_data_dir, f"{number}-{digest[:16]}.png"))
     accelerator.wait_for_everyone()
 
 
@@ -1723,7 +1799,7 @@ def log_held_out(accelerator, losses, state):
     means = np.mean(losses, axis=0)
     figures = {f"validation_loss_{len(means) - number}": mean for number, mean in enumerate(means)}
     figures["validation_loss"] = state.validation_loss = means.mean()
-    accelerator.log(figures, step=state.step)
+    log_figures(accelerator, state, figures)
 
 
 def validate(args, accelerator, trained, frozen, state):
@@ -1748,10 +1824,10 @@ def validate(args, accelerator, trained, frozen, state):
             with attempt(failed, what, kind):
                 losses[index] = measure_held_out(args, transformer, frozen, index)
         for number in share(accelerator, wanted):
-            with attempt(failed, what, kind):
-                images[number] = draw_validation_image(args, transformer, frozen, number)
             if read_signal(accelerator, state.caught):
                 break
+            with attempt(failed, what, kind):
+                images[number] = draw_validation_image(args, transformer, frozen, number)
     training_utils.free_memory()
     losses = gather_dict(losses)
     images = gather_dict(images)
@@ -1834,9 +1910,10 @@ def describe_flags(args):
 def describe_cost(state):
     """What the updates took since the run was started or resumed, and the last held-out loss."""
     updates = len(state.seconds)
+    if not updates:
+        return "no update was left to make"
     seconds = sum(state.seconds)
-    each = seconds / max(updates, 1)
-    cost = f"{updates} updates in {seconds:.0f} s ({each:.2f} s each), at most {state.memory_gb:.1f} GB"
+    cost = f"{updates} updates in {seconds:.0f} s ({seconds / updates:.2f} s each), at most {state.memory_gb:.1f} GB"
     return f"{cost}; held-out loss {state.validation_loss:.4f}" if state.validation_loss else cost
 
 
@@ -1933,7 +2010,7 @@ def open_repository(args, accelerator):
 def publish(args, parts, repository, state, image_paths):
     """Writes the model card and uploads the result, on the main process. Either may fail by itself."""
     with attempt(state.failed, "writing the model card"):
-        write_card(args, parts, repository or args.output_dir, state, image_paths)
+        write_card(args, parts, repository or public_name(args.output_dir), state, image_paths)
     if not repository:
         return
     with attempt(state.failed, "the upload"):
@@ -1956,9 +2033,28 @@ def make_folder(flag, folder):
         tempfile.TemporaryFile(dir=folder).close()
 
 
+OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-9]/*")  # beside the result
+
+
+def check_output(args):
+    """Refuses logs that leave output_dir or get into what is written there, and what is in the way of that."""
+    logs = Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name)
+    free = ".." not in logs.parts and not logs.is_absolute()
+    for pattern in (*RESULT["files"], *OUTPUT):
+        name, folder, _ = pattern.partition("/")
+        free = free and not fnmatch.fnmatch(logs.parts[0], name)
+        for path in Path(args.output_dir).glob(name):
+            if path.is_dir() != bool(folder) or not os.access(path, os.W_OK):
+                refuse(f"{path} is in the way of what the run writes: take it away or give another --output_dir")
+    if not free:
+        names = "--logging_dir, --tracker_run_name, --tracker_project_name"
+        refuse(f"{names}: {str(logs)!r} is no folder of its own inside --output_dir: give other names")
+
+
 def start_accelerator(args):
     """The accelerator, its trackers not yet started, after creating the folders that the run writes to."""
     make_folder("--output_dir", args.output_dir)
+    check_output(args)
     if args.with_prior_preservation:
         make_folder("--class_data_dir", args.class_data_dir)
     logging.basicConfig(format="%(levelname)s: %(message)s")
@@ -2039,11 +2135,11 @@ def start_trackers(args, accelerator, facts):
         accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def catch_signals(cleanup):
-    """A list that SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) put their number into; a second ends the process."""
+    """A list that signals put their number into, unless they are ignored (nohup); a second one ends the process."""
     caught = []
 
     def catch(number, frame):
@@ -2051,12 +2147,14 @@ def catch_signals(cleanup):
             os._exit(128 + number)
         caught.append(number)
         name = signal.Signals(number).name
-        print(f"\n{name}: the run saves a checkpoint and ends; a second signal ends it at once", file=sys.stderr)
+        print(f"\n{name}: the run saves what it has trained and ends; a second ends it at once", file=sys.stderr)
 
     with contextlib.suppress(ValueError):  # outside the main thread Python cannot catch signals
         for number in SIGNALS:
-            before = signal.signal(number, catch)
-            cleanup.callback(signal.signal, number, before)
+            before = signal.getsignal(number)
+            if before != signal.SIG_IGN:
+                signal.signal(number, catch)
+                cleanup.callback(signal.signal, number, before)
     return caught
 
 
@@ -2096,7 +2194,7 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     embed.fill(parts, prompts)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     vae.enable_slicing()  # image by image: 2.5 GiB at 1024 px, whatever the batch
-    if args.cache_latents:
+    if args.cache_latents and dataset:
         cache_moments(dataset, vae, accelerator, "latents")
     if held_out:
         cache_moments(held_out, vae, accelerator, "held out")
@@ -2169,16 +2267,16 @@ def read_update(args, accelerator, seen, norm):
     """Figures of an update: gradient norm and loss, the mean over its batches, (B,) each in `seen`, and processes."""
     losses = torch.stack(seen).mean(dim=0)
     seen.clear()
-    kinds = losses.chunk(2) if args.with_prior_preservation else [losses]
+    weights = loss_weights(args)
+    kinds = losses.chunk(len(weights))
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # FSDP2: each process has a part of it
     row = [*(kind.mean() for kind in kinds), torch.as_tensor(norm).to(losses)]
     rows = accelerator.gather(torch.stack(row)[None])
     *losses, norm = rows.mean(dim=0).tolist()  # here the host waits for the device, once an update
-    figures = {"loss": losses[0], "grad_norm": norm}
-    if args.with_prior_preservation:
-        figures |= {"instance_loss": losses[0], "prior_loss": losses[1]}
-        figures["loss"] += args.prior_loss_weight * losses[1]
+    figures = {"loss": np.dot(losses, list(weights.values())), "grad_norm": norm}
+    if losses[1:]:
+        figures |= zip(weights, losses, strict=True)
     return figures
 
 
@@ -2220,6 +2318,15 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def log_figures(accelerator, state, figures):
+    """Sends figures to the trackers. One that fails is dropped: logs are not worth the weights."""
+    for tracker in [*accelerator.trackers]:
+        with attempt(state.failed, f"logging to {tracker.name}"):
+            tracker.log(figures, step=state.step)
+            continue
+        accelerator.trackers.remove(tracker)
+
+
 def log_update(accelerator, optimizer, figures, state):
     """One log point of an update, and the bar's figures."""
     for group in optimizer.param_groups:
@@ -2231,9 +2338,26 @@ def log_update(accelerator, optimizer, figures, state):
     state.losses.append(figures["loss"])
     average = float(np.ma.masked_invalid(state.losses[-100:]).mean())
     figures |= {"loss_average": average, "seconds_per_update": seconds, "memory_gb": state.memory_gb}
-    accelerator.log(figures, step=state.step)
+    log_figures(accelerator, state, figures)
+    shown = {"loss": figures["loss"], "average": average, "lr": figures["lr"], "seconds": seconds}
+    state.bar.set_postfix(shown, gb=state.memory_gb, refresh=False)
     state.bar.update()
-    state.bar.set_postfix(loss=figures["loss"], average=average, lr=figures["lr"], seconds=seconds, gb=state.memory_gb)
+
+
+def save_result(args, accelerator, trained, state, parts):
+    """Writes the final weights, then a manifest. Where it cannot, it tries every minute until a signal comes."""
+    while not state.finished:
+        failed = []
+        with attempt(failed, f"writing the result to {args.output_dir}, which is tried again every minute,"):
+            save_weights(args, accelerator, trained.models, args.output_dir, parts)
+            if accelerator.is_main_process:
+                write_manifest(args, state, args.output_dir, RESULT["files"])
+        state.finished = not utils.gather_object(failed)
+        if not state.finished:
+            time.sleep(60)
+            stop = read_signal(accelerator, state.caught)
+            if stop:
+                sys.exit(128 + stop)
 
 
 def end_training(accelerator, state):
@@ -2241,7 +2365,8 @@ def end_training(accelerator, state):
     state.bar.close()  # else it would be drawn once more below the last line
     # Drop DDP's reference to the process group, or its destructor deadlocks with gloo's threads over the GIL at exit.
     accelerator.state.group = torch.distributed.group.WORLD
-    accelerator.end_training()
+    with attempt(state.failed, "ending the trackers"):
+        accelerator.end_training()
 
 
 def report_end(args, accelerator, state, stop):
@@ -2255,7 +2380,8 @@ def report_end(args, accelerator, state, stop):
         reasons.append(f"{len(state.skipped)} of {state.total} updates were skipped, not being finite: lower the rate")
     if stop:
         name = signal.Signals(stop).name
-        reasons = [f"{name} came at update {state.step}: --resume_from_checkpoint latest goes on"]
+        way = "makes what is missing" if state.finished else "goes on"
+        reasons.append(f"{name} came at update {state.step}: --resume_from_checkpoint latest {way}")
     if reasons:
         if accelerator.is_main_process:
             print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
@@ -2311,37 +2437,38 @@ def main(args):
         claim_folder(args, accelerator, cleanup)
         check_optimizer(args, accelerator)
         parts = read_pipeline(args)
-        targets = choose_targets(args, parts, accelerator)
         checkpoint, manifest = find_checkpoint(args)
+        finished = checkpoint == Path(args.output_dir)  # then only images, card and upload are made
+        targets = choose_targets(args, parts, accelerator, checkpoint)
         choose_seed(args, manifest)
 
         # The data. Everything is checked before anything is created, drawn or loaded. A dry run ends here.
         dataset = read_instances(args)
         held_out = read_held_out(args)
         facts = describe_run(args, accelerator, dataset)
-        compare_runs(accelerator, checkpoint, manifest.get("run", facts), facts)
+        compare_runs(accelerator, checkpoint, manifest, facts)
         if args.dry_run:
             report_dry_run(args, parts, accelerator, targets, dataset)
             return
         repository = open_repository(args, accelerator)
         start_trackers(args, accelerator, facts)
-        if args.with_prior_preservation:
+        if args.with_prior_preservation and not finished:
             add_class_images(args, parts, accelerator, dataset)
         loader, batches, updates, total = make_loader(args, accelerator, dataset)
 
         # Frozen models encode what training does not change, and are freed one by one. Then what is trained is loaded.
-        frozen = encode_once(args, parts, accelerator, targets, dataset, held_out)
+        frozen = encode_once(args, parts, accelerator, targets, None if finished else dataset, held_out)
         models = load_trained(args, parts, accelerator, targets, checkpoint)
         trained = prepare_models(args, accelerator, models, total)
         frozen.embed.trained = trained.models  # text encoders that are trained are called, not looked up
-        state = Progress(facts, catch_signals(cleanup), manifest.get("step", 0), total)
-        if checkpoint:
-            resume(accelerator, checkpoint, trained, state)
+        state = Progress(facts, catch_signals(cleanup), manifest.get("step", 0), total, finished=finished)
+        cleanup.enter_context(rescue(args, accelerator, trained, state))
+        resume(accelerator, checkpoint, trained, state)
 
         state.bar = tqdm(total=total, initial=state.step, desc="Training", disable=not accelerator.is_main_process)
         first_epoch = max(state.step - 1, 0) // updates  # step - 1: its epoch's validation may be due
         seen = []
-        for epoch in range(first_epoch, math.ceil(total / updates)):
+        for epoch in range(first_epoch, 0 if finished else math.ceil(total / updates)):
             done = max(state.step - epoch * updates, 0)
             batches[:] = order_epoch(args, dataset, accelerator.num_processes, epoch, done)
             state.clock = time.perf_counter()
@@ -2376,16 +2503,19 @@ def main(args):
                     validate(args, accelerator, trained, frozen, state)
 
         # The weights are saved first: whatever fails after this cannot lose them.
-        state.finished = True
         with evaluation(trained):
-            save_weights(args, accelerator, trained.models, args.output_dir, parts)
+            save_result(args, accelerator, trained, state, parts)
             paths = validate(args, accelerator, trained, frozen, state)
         stop = read_signal(accelerator, state.caught)
         end_training(accelerator, state)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not stop:
             publish(args, parts, repository, state, paths)
         report_end(args, accelerator, state, stop)
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    try:
+        main(ARGS)
+    except KeyboardInterrupt:
+        print("\nSIGINT: the run ends before its first update", file=sys.stderr)
+        sys.exit(130)

@@ -1,5 +1,6 @@
 """Full training on a small card: each weight is updated in the backward pass, or kept in bfloat16."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -51,12 +52,11 @@ def test_resumed_equals_uninterrupted(full, run, tmp_path, flags):
         assert {weight.dtype for name, weight in average.items() if name != "step"} == {torch.float32}
 
 
-def moved(full, flags, steps=200):
-    """How far as many steps of 1e-6 move bfloat16 weights of 0.02, on average; by the script's optimizer."""
+def moved(make, steps=200):
+    """How far as many steps of an optimizer move bfloat16 weights of 0.02, on average."""
     model = torch.nn.Linear(64, 256, bias=False, dtype=torch.bfloat16)
     torch.nn.init.constant_(model.weight, 0.02)
-    optimizer = full.update_singly(flags, torch.optim.SGD(model.parameters(), lr=1e-6), {"transformer": model})
-    torch.manual_seed(0)
+    optimizer = make(model.parameters())
     for _ in range(steps):
         model.weight.grad = torch.ones_like(model.weight)
         optimizer.step()
@@ -65,10 +65,11 @@ def moved(full, flags, steps=200):
 
 
 def test_small_updates_of_bfloat16_weights_are_not_lost(full, argv):
-    flags = full.parse_args(argv(**BF16))
-    assert moved(full, flags) == pytest.approx(2e-4, rel=0.05)
-    flags.full_bf16 = False  # rounded to the nearest, as torch does
-    assert moved(full, flags) == 0.0
+    """Of 1e-6, where two numbers in bfloat16 are 1.2e-4 apart; torch's own steps, to the nearest, lose all of them."""
+    args, defaults = full.parse_args(argv(**BF16)), {"lr": 1e-6}
+    plain = functools.partial(torch.optim.SGD, **defaults)
+    assert moved(lambda weights: full.SingleUpdates(args, weights, defaults, plain)) == pytest.approx(2e-4, rel=0.05)
+    assert moved(plain) == 0.0
 
 
 def spoil_losses(full, monkeypatch, number):
