@@ -1,4 +1,4 @@
-"""A damaged checkpoint is seen and named: `latest` falls back, a name ends in one line."""
+"""A damaged checkpoint is found and named: `latest` falls back to an older one, a named one ends in one line."""
 
 import json
 import shutil

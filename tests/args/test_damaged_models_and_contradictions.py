@@ -1,4 +1,4 @@
-"""Input that demanding users give: what is damaged, contradictory or without sense ends in one line and exit code 2.
+"""Damaged models and flags that contradict each other end in one line and exit code 2.
 
 A damaged part of the base model is named with the cause, wherever in a run it is loaded.
 """

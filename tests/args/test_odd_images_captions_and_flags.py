@@ -1,4 +1,4 @@
-"""Any image file is used right or named in a message, and any command line parsed or refused in one line."""
+"""Every image file is read correctly or named in a message; every command line is parsed or refused in one line."""
 
 import contextlib
 import importlib.util

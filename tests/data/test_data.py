@@ -1,4 +1,4 @@
-"""Data as people have them: captions, datasets of any kind, shapes, dropped captions, photos, and the dry run."""
+"""Data of all kinds: captions, datasets, shapes, dropped captions, photos, and the dry run."""
 
 import csv
 import json

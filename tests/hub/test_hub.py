@@ -1,4 +1,4 @@
-"""Uploads, by real command lines against the Hub's stand-in: what arrives, what stays, and where the token is not."""
+"""Uploads, by real command lines to a stand-in for the Hub: what is sent, what is not, and where the token is not."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""--alpha_mask: what is transparent in an image is not learned, wherever the image is cropped, mirrored or cached."""
+"""--alpha_mask: transparent parts are not learned, however the image is cropped, mirrored or cached."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The adapters' file: one for every loader, which applies them as they were trained; and which layers are in it."""
+"""The LoRA file: every loader applies it with the strength of training; and which layers are in it."""
 
 from collections import Counter
 from types import SimpleNamespace

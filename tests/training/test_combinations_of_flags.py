@@ -1,4 +1,4 @@
-"""Every combination of flags trains: each row of CASES is a short run of main, in this process, by both scripts."""
+"""Every combination of flags trains: each row of CASES is a short run of main in this process, by both scripts."""
 
 import functools
 import inspect
