@@ -1200,31 +1200,34 @@ def trained_parameters(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def read_state(accelerator, model):
-    """A model's weights by their own names. A collective, because under FSDP2 each process has a part of them."""
-    state = accelerator.get_state_dict(model)
-    # Prefixes of torch.compile and of DDP.
-    return {key.replace("_orig_mod.", "").removeprefix("module."): weight for key, weight in state.items()}
+def read_states(accelerator, models):
+    """The models' weights by their own names. A collective, because under FSDP2 each process has a part of them."""
+    states = {}
+    for name, model in models.items():
+        state = accelerator.get_state_dict(model)
+        # Prefixes of torch.compile and of DDP.
+        state = {key.replace("_orig_mod.", "").removeprefix("module."): weight for key, weight in state.items()}
+        states[name] = state
+    return states
 
 
-def save_weights(args, accelerator, models, folder, parts=None):
-    """Writes each trained model into a folder of its name.
+def save_weights(args, accelerator, models, states, folder, parts=None):
+    """Writes each trained model into a folder of its name, on the main process.
 
     `parts` are the base pipeline's when the result is written, which also gets the index of a whole pipeline.
     """
+    if not accelerator.is_main_process:
+        return
     for name, model in models.items():
-        state = read_state(accelerator, model)
-        if not accelerator.is_main_process:
-            continue
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         if name == "transformer":  # diffusers saves what a model holds, transformers what it is handed
             with torch.device("meta"):
                 model = type(model).from_config(model.config)
-            model.load_state_dict(state, assign=True)
+            model.load_state_dict(states[name], assign=True)
             model.save_pretrained(Path(folder, name))
         else:
-            model.save_pretrained(Path(folder, name), state_dict=state)
-    if parts and accelerator.is_main_process:
+            model.save_pretrained(Path(folder, name), state_dict=states[name])
+    if parts:
         names = ("transformer", "vae", "scheduler", *TEXT_ENCODERS, *TOKENIZERS)
         index = {"_class_name": "StableDiffusion3Pipeline"}
         for name in names:
@@ -1439,9 +1442,10 @@ def save_checkpoint(args, accelerator, trained, state):
     folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
     what = f"saving {folder} ({shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free)"
+    states = read_states(accelerator, trained.models)
     failed = []
     with attempt(failed, what):
-        save_weights(args, accelerator, trained.models, partial)
+        save_weights(args, accelerator, trained.models, states, partial)
         # Under FSDP2 accelerator.save_state would write the whole model as well.
         partial.mkdir(exist_ok=True)
         if accelerator.is_main_process or is_split(accelerator):
@@ -1987,11 +1991,12 @@ OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-
 def check_output(args):
     """Refuses logs that leave output_dir or get into what is written there, and what is in the way of that."""
     logs = os.path.normpath(Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name))
-    for pattern in ("..", os.sep, *RESULT["files"], *OUTPUT):
-        name, folder, _ = pattern.partition("/")
+    taken = [pattern.partition("/") for pattern in (*RESULT["files"], *OUTPUT)]
+    for name in ("..", os.sep, *(name for name, _, _ in taken)):
         if fnmatch.fnmatch(Path(logs).parts[0], name):
             names = "--logging_dir, --tracker_run_name, --tracker_project_name"
             refuse(f"{names}: {logs!r} leads out of --output_dir or into the result: give other names")
+    for name, folder, _ in taken:
         for path in Path(args.output_dir).glob(name):
             if path.is_dir() != bool(folder) or not os.access(path, os.W_OK):
                 refuse(f"{path} is in the way of what the run writes: take it away or give another --output_dir")
@@ -2085,20 +2090,26 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SI
 
 
 def catch_signals(cleanup):
-    """A list that signals put their number into, unless they are ignored (nohup); a second one ends the process."""
+    """A list that signals put their number into; a second one ends the process.
+
+    Those that are ignored (nohup) stay so, but for SIGUSR1: a launcher that it would end is started with it ignored.
+    """
     caught = []
+    times = []
 
     def catch(number, frame):
-        if caught:
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 2:  # where all processes get a signal, launchers pass it on to them once more
             os._exit(128 + number)
+        if not caught:
+            name = signal.Signals(number).name
+            print(f"\n{name}: the run saves what it has trained and ends; a second ends it at once", file=sys.stderr)
         caught.append(number)
-        name = signal.Signals(number).name
-        print(f"\n{name}: the run saves what it has trained and ends; a second ends it at once", file=sys.stderr)
 
     with contextlib.suppress(ValueError):  # outside the main thread Python cannot catch signals
         for number in SIGNALS:
             before = signal.getsignal(number)
-            if before != signal.SIG_IGN:
+            if before != signal.SIG_IGN or number.name == "SIGUSR1":
                 signal.signal(number, catch)
                 cleanup.callback(signal.signal, number, before)
     return caught
@@ -2293,9 +2304,10 @@ def log_update(accelerator, optimizer, figures, state):
 def save_result(args, accelerator, trained, state, parts):
     """Writes the final weights, then a manifest. Where it cannot, it tries every minute until a signal comes."""
     while not state.finished:
+        states = read_states(accelerator, trained.models)
         failed = []
         with attempt(failed, f"writing the result to {args.output_dir} (tried every minute until a signal)"):
-            save_weights(args, accelerator, trained.models, args.output_dir, parts)
+            save_weights(args, accelerator, trained.models, states, args.output_dir, parts)
             if accelerator.is_main_process:
                 write_manifest(args, state, args.output_dir, RESULT["files"])
         state.finished = not utils.gather_object(failed)

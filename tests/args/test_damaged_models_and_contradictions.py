@@ -342,6 +342,7 @@ UNREADABLE = "--dataset_name '{}' cannot be read: give a Hub id or a folder with
             ("lines", {"dataset_split": "test"}, [UNREADABLE, "test", "train"]),
             ("saved", {"dataset_split": "test"}, [UNREADABLE, "rows/test"]),
             ("unsupported", {}, [UNREADABLE]),
+            ("lines", {"cache_dir": "/proc/cache"}, [UNREADABLE, "datasets writes to --cache_dir", "/proc/cache"]),
             (
                 "urls",
                 {},

@@ -133,6 +133,7 @@ def test_heic_is_read_where_its_package_is_installed(tmp_path, monkeypatch):
 def test_what_is_no_image_is_passed_over(read, tmp_path):
     (tmp_path / "dog.PNG").write_bytes(PNG)
     (tmp_path / "dog.txt").write_text("a caption")
+    (tmp_path / "metadata.txt").write_text("no metadata")
     (tmp_path / ".hidden.png").write_bytes(PNG)
     (tmp_path / "nested.png").mkdir()
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")

@@ -177,6 +177,7 @@ def test_the_same_base_in_another_spelling_is_accepted(lora, argv, checkpoints, 
         ({"ema_decay": 0.5}, "ema_decay 0.9999 -> 0.5"),
         ({"train_batch_size": 2}, "train_batch_size 1 -> 2"),
         ({"max_train_steps": 9, "logging_dir": "other"}, None),
+        ({"max_train_steps": 9, "lr_scheduler": "cosine"}, "max_train_steps "),  # the rate depends on it
     ],
 )
 def test_what_has_changed_since_is_said(script, kind, argv, pictures, saved, caplog, changed, said):

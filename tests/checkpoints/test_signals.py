@@ -72,17 +72,32 @@ def test_stops_between_two_images(script, kind, argv, monkeypatch, tmp_path, whe
         assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-3"]
 
 
-def test_a_second_signal_ends_at_once(script):
-    """In a process of its own, for it ends without a word to anyone."""
+def test_a_second_signal_ends_at_once(script, monkeypatch):
+    """But not the one that a launcher passes on where all processes have got it. In a process that says no word."""
 
     def be_told_twice():
         with contextlib.ExitStack() as cleanup:
             caught = script.catch_signals(cleanup)
-            os.kill(os.getpid(), signal.SIGUSR1)
-            if caught == [signal.SIGUSR1]:
+            for seconds in (100.0, 101.0, 103.0):
+                monkeypatch.setattr(script.time, "monotonic", lambda seconds=seconds: seconds)
                 os.kill(os.getpid(), signal.SIGTERM)
+                if seconds == 101 and caught != [signal.SIGTERM, signal.SIGTERM]:
+                    return
 
     assert in_child(be_told_twice) == 143
+
+
+def test_ignored_signals_stay_so_but_for_a_launchers(script):
+    def be_told():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        with contextlib.ExitStack() as cleanup:
+            caught = script.catch_signals(cleanup)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert caught == [signal.SIGUSR1]
+
+    assert in_child(be_told) == 0
 
 
 @pytest.mark.slow

@@ -304,6 +304,12 @@ def reference_rates(name, rate, updates):
     return rates, schedule.get_last_lr()[0]
 
 
+def test_a_run_may_end_with_its_warm_up(lora, run):
+    """Polynomial divides by the number of updates that come after it."""
+    out = run(lora, lr_scheduler="polynomial", lr_warmup_steps=2, max_train_steps=2)
+    assert (out / lora.WEIGHTS).is_file()
+
+
 @pytest.mark.parametrize(("name", "accumulation"), CURVES)
 def test_rates_of_a_run(script, run, pictures, monkeypatch, name, accumulation):
     """Updates, not batches, are counted: five images make three batches of two, two updates of two batches."""

@@ -101,9 +101,9 @@ def train(lora, run, monkeypatch):
     def train(**flags):
         found, save_weights = [], lora.save_weights
 
-        def save(args, accelerator, trained, folder, parts=None):
+        def save(args, accelerator, trained, *others):
             found.append(answers({name: model.eval() for name, model in trained.items()}))
-            save_weights(args, accelerator, trained, folder, parts)
+            save_weights(args, accelerator, trained, *others)
 
         monkeypatch.setattr(lora, "save_weights", save)
         return run(lora, learning_rate=0.1, text_encoder_lr=0.1, **flags), found[-1]

@@ -5,6 +5,7 @@ that does not end them.
 """
 
 import gc
+import logging
 import os
 import runpy
 import signal
@@ -46,6 +47,7 @@ def become(rank, count, log, environment):
     os.dup2(descriptor, 2)
     sys.stdout = open(1, "w", closefd=False, buffering=1)
     sys.stderr = open(2, "w", closefd=False, buffering=1)
+    logging.getLogger().handlers.clear()  # pytest's
 
 
 def start(work, count, logs, **environment):

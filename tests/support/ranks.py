@@ -67,6 +67,7 @@ class Record(dict):
         )
         self.spy(monkeypatch, script, "log_update", note_update)
         self.spy(monkeypatch, script.PromptTable, "encode", lambda args, _: (args["name"], str(args["prompts"])))
+        self.spy(monkeypatch, script, "load_part", lambda args, _: args["name"])
         self.spy(monkeypatch, script, "encode_moments", lambda args, _: args["pixels"].double().sum().item())
         self.spy(monkeypatch, script, "draw_images", lambda args, _: args["seeds"])
         self.spy(monkeypatch, script, "make_optimizer", lambda args, optimizer: self.watch_gradients(optimizer))
