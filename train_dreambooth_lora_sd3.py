@@ -2132,11 +2132,12 @@ OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-
 def check_output(args):
     """Refuses logs that leave output_dir or get into what is written there, and what is in the way of that."""
     logs = os.path.normpath(Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name))
-    for pattern in ("..", os.sep, *RESULT["files"], *OUTPUT):
-        name, folder, _ = pattern.partition("/")
+    taken = [pattern.partition("/") for pattern in (*RESULT["files"], *OUTPUT)]
+    for name in ("..", os.sep, *(name for name, _, _ in taken)):
         if fnmatch.fnmatch(Path(logs).parts[0], name):
             names = "--logging_dir, --tracker_run_name, --tracker_project_name"
             refuse(f"{names}: {logs!r} leads out of --output_dir or into the result: give other names")
+    for name, folder, _ in taken:
         for path in Path(args.output_dir).glob(name):
             if path.is_dir() != bool(folder) or not os.access(path, os.W_OK):
                 refuse(f"{path} is in the way of what the run writes: take it away or give another --output_dir")
