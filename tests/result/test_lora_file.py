@@ -160,7 +160,7 @@ def targets(lora, argv, **flags):
     args = lora.parse_args(argv(**flags))
     with isolated():
         accelerator = lora.start_accelerator(args)
-        return lora.choose_targets(args, lora.read_pipeline(args), accelerator)["transformer"]
+        return lora.choose_targets(args, lora.read_pipeline(args), accelerator, None)["transformer"]
 
 
 @pytest.mark.parametrize(
