@@ -1328,7 +1328,7 @@ class SwappedBlocks:
 def cut_positions(args, transformer):
     """Keeps of the table of positions the middle that the run's sizes use: the whole can take 0.4 GiB."""
     embed = transformer.pos_embed
-    side = max(args.resolution, *map(max, list_buckets(args))) // 16
+    side = max(args.resolution, *map(max, list_buckets(args))) // (8 * embed.patch_size)
     side += (embed.pos_embed_max_size - side) % 2  # else the middle would move
     embed.pos_embed = embed.cropped_pos_embed(side * embed.patch_size, side * embed.patch_size)
     embed.pos_embed_max_size = side

@@ -4,9 +4,10 @@
     make demo
     .venv/bin/python demo/run.py --all --seeds 0,1,2    # every row of the README's table, each from three seeds
 
-Two runs of train_dreambooth_lora_sd3.py through accelerate, with the five pictures in demo/subject, then one page,
-demo/out/before_after.png: six prompts with "sks dog", in places where it never was, and six without, each drawn by the
-pipeline as it was, by LoRA, and by LoRA with prior preservation.
+Two runs of train_dreambooth_lora_sd3.py through accelerate, with the five pictures in demo/subject, then a page of
+three prompts, demo/out/before_after.png, each drawn from seed 0 by the pipeline as it was, by LoRA, and by LoRA with
+prior preservation. With --all also demo/out/all.png, of twelve prompts, and two tables, in demo/out/table.md as well,
+where each row is written as soon as its runs are measured.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import chain
 
 QUIET = {  # what libraries say while they load concerns nobody here
     "DIFFUSERS_VERBOSITY": "error",
@@ -30,10 +32,16 @@ os.environ |= QUIET  # before the libraries are imported; the runs inherit it
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import world  # noqa: E402
-from evaluate import BASE, HERE, TOKENS, draw, load_pipeline, print_table, subject_pictures  # noqa: E402
+from evaluate import BASE, HERE, TOKENS, draw, load_pipeline, measure_style, subject_pictures, table_rows  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 OUT = HERE / "out"
+TITLE = "A toy SD3 of 64 pixels, trained from nothing on a drawn world, is taught one dog"
+SHOWN = {  # the page's prompts, and what is hoped for
+    "sks dog on the beach": "the dog of the photos,\nwhere it never was",
+    "a dog in the snow": "any other dog,\nas the base draws it",
+    "a red car at night": "any other thing,\nas the base draws it",
+}
 PLACES = "on the beach", "in the snow", "at night", "on the road", "in the forest", "in the desert"
 OTHERS = "a dog in the snow", "a brown dog on the beach", "dov dog in a room"
 OTHERS += "a red car at night", "a yellow cat in the grass", "a blue cup in the desert"
@@ -47,8 +55,8 @@ FLAGS = {
     "--train_batch_size": 5,
 }
 CLASS_PROMPT, CLASS_IMAGES = "a photo of a dog", 48
-LORA = {"--rank": 16, "--learning_rate": 1e-3, "--max_train_steps": 100}
-FULL = {"--learning_rate": 5e-4, "--max_train_steps": 100}
+LORA = {"--rank": 16, "--learning_rate": 2e-3, "--max_train_steps": 200}
+FULL = {"--learning_rate": 5e-4, "--max_train_steps": 150}
 PRIOR = {
     "--with_prior_preservation": None,
     "--class_data_dir": OUT / "class",
@@ -56,35 +64,45 @@ PRIOR = {
     "--num_class_images": CLASS_IMAGES,
 }
 OUTPUT = {"--class_prompt": CLASS_PROMPT, "--output_preservation_weight": 1.0}
-ENCODERS = {"--train_text_encoder": None, "--text_encoder_lr": 1e-3}
 CUT_OUT = {"--instance_data_dir": OUT / "cut-outs"}
-LONG = {"--max_train_steps": 250}
+UNIFORM = {"--weighting_scheme": "none", "--training_shift": 1}
+STYLE = {"--instance_data_dir": HERE / "style", "--train_batch_size": 8, "--learning_rate": 1e-3}
+STYLE |= {"--max_train_steps": 100}
+FRIENDLY = {"--weighting_scheme": "logit_normal", "--logit_mean": -3, "--training_shift": 1}
 RUNS = {  # rows of the table; the first two are the demo
     "LoRA": LORA,
-    "LoRA with prior preservation": LORA | PRIOR | LONG | {"--prior_loss_weight": 2.0},
-    "LoRA with output preservation": LORA | OUTPUT | LONG,
-    "LoRA, text encoders too": LORA | ENCODERS,
+    "LoRA with prior preservation": LORA | PRIOR,
+    "LoRA with output preservation": LORA | OUTPUT,
+    "LoRA, rank 4": LORA | {"--rank": 4},
+    "LoRA, rank 4, recipe for a subject": LORA | {"--rank": 4} | UNIFORM,
     "full": FULL,
-    "full with prior preservation": FULL | PRIOR | LONG,
+    "full with prior preservation": FULL | PRIOR,
     "LoRA, cut out": LORA | CUT_OUT,
     "LoRA, cut out, alpha mask": LORA | CUT_OUT | {"--alpha_mask": None},
+}
+STYLES = {  # rows of the table for a style
+    "LoRA, rank 32": STYLE | {"--rank": 32},
+    "LoRA, rank 32, recipe for a style": STYLE | FRIENDLY | {"--rank": 32},
+    "LoRA, rank 4, recipe for a style": STYLE | FRIENDLY | {"--rank": 4},
 }
 
 
 def folder_of(name, seed):
-    return OUT / f"{name.replace(',', '').replace(' ', '-').lower()}-{seed}"
+    kind = "style-" if name in STYLES else ""
+    return OUT / f"{kind}{name.replace(',', '').replace(' ', '-').lower()}-{seed}"
 
 
 def train(name, seed):
     """Runs a script by `accelerate launch`, as one would type it. Returns output_dir."""
     folder = folder_of(name, seed)
     shutil.rmtree(folder, ignore_errors=True)  # of a demo before, perhaps interrupted
-    pairs = (FLAGS | RUNS[name] | {"--seed": seed, "--output_dir": folder}).items()
+    how = (RUNS | STYLES)[name]
+    pairs = (FLAGS | how | {"--seed": seed, "--output_dir": folder}).items()
     words = [str(word) for pair in pairs for word in pair if word is not None]
     script = "train_dreambooth_sd3.py" if name.startswith("full") else "train_dreambooth_lora_sd3.py"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE.parent / script)]
-    print(f"\n{name}: {script}, {RUNS[name]['--max_train_steps']} updates", flush=True)
+    print(f"\n{name}: {script}, {how['--max_train_steps']} updates", flush=True)
     with subprocess.Popen([*launch, *words], stderr=subprocess.PIPE) as run:
         for line in io.TextIOWrapper(run.stderr, newline=""):  # ends at a return too, as a progress bar's does
             if not line.startswith(NOISE):
@@ -130,8 +148,31 @@ def block(columns, rows, cell=160, left=132):
     return part
 
 
-def draw_page(pipelines):
-    """The page of before and after, of {name: folder}."""
+def label(pen, place, text, colour="black", size=15):
+    pen.multiline_text(place, text, colour, ImageFont.load_default(size), spacing=3)
+
+
+def draw_page(pipelines, cell=164, left=176, step=208, top=56):
+    """The page of before and after: a row for each of SHOWN, a photo and a column for each of {name: folder}."""
+    loaded = {name: load_pipeline(folder) for name, folder in pipelines.items()}
+    page = Image.new("RGB", (left + step * (1 + len(loaded)), top + (cell + 4) * len(SHOWN)), "white")
+    pen = ImageDraw.Draw(page)
+    label(pen, (6, 6), TITLE, size=17)
+    for column, name in enumerate([f"photos ({len(SHOWN)} of 5)", *loaded]):
+        label(pen, (left + step * column, 34), name)
+    for row, (prompt, hope) in enumerate(SHOWN.items()):
+        images = [subject_pictures()[row]]
+        images += [draw(pipeline, [f"a photo of {prompt}"], seed=0)[0] for pipeline in loaded.values()]
+        label(pen, (6, top + (cell + 4) * row + 44), f'"{prompt}"')
+        label(pen, (6, top + (cell + 4) * row + 72), hope, "dimgray", 14)
+        for column, image in enumerate(images):
+            large = image.resize((cell, cell), Image.Resampling.LANCZOS)
+            page.paste(large, (left + step * column, top + (cell + 4) * row))
+    page.save(OUT / "before_after.png")
+
+
+def draw_all(pipelines):
+    """A page of all that was looked at: the five photos, and twelve prompts by each of {name: folder}."""
     prompts, drawn = [*(f"sks dog {place}" for place in PLACES), *OTHERS], {}
     for name, folder in pipelines.items():
         drawn[name] = draw(load_pipeline(folder), [f"a photo of {prompt}" for prompt in prompts], seed=3)
@@ -143,7 +184,16 @@ def draw_page(pipelines):
     page = Image.new("RGB", (parts[0].width, sum(part.height for part in parts)), "white")
     for number, part in enumerate(parts):
         page.paste(part, (0, sum(above.height for above in parts[:number])))
-    page.save(OUT / "before_after.png")
+    page.save(OUT / "all.png")
+
+
+def write_table(runs, *measure):
+    """Adds a table to demo/out/table.md, and prints it, a line at a time."""
+    with (OUT / "table.md").open("a") as table:
+        for line in table_rows(runs, *measure):
+            print(line, file=table, flush=True)
+            print(line, flush=True)
+        print(file=table)
 
 
 def main():
@@ -155,11 +205,17 @@ def main():
     print("Drawing class images, for prior preservation", flush=True)
     draw_class_images()
     draw_cut_outs()
-    folders = {name: [train(name, seed) for seed in seeds] for name in (RUNS if args.all else shown)}
+    folders = {name: [train(name, seed) for seed in seeds] for name in shown}
     print("\nDrawing before and after", flush=True)
-    draw_page({"before": BASE} | {name: folders[name][0] for name in shown})
+    pipelines = {"base": BASE} | {name: folders[name][0] for name in shown}
+    draw_page(pipelines)
     if args.all:
-        print_table(folders)
+        draw_all(pipelines)
+        more = ((name, [train(name, seed) for seed in seeds]) for name in RUNS if name not in shown)
+        styles = ((name, [train(name, seed) for seed in seeds]) for name in STYLES)
+        (OUT / "table.md").unlink(missing_ok=True)
+        write_table(chain(folders.items(), more))
+        write_table(styles, measure_style)
     print(f"\nDone in {time.monotonic() - start:.0f} s. Before and after: {OUT / 'before_after.png'}")
     print(f"The adapters: {' and '.join(str(folders[name][0]) for name in shown)}")
 

@@ -59,6 +59,7 @@ NOBODY = """
 sks xqv zbn wql vpf kaz hgb duf nzj lif crc yob mqc ziv zhp gek drc pav spz wun zlm kof xsr tem hbs jud ljq rif dpf mab
 fbp veg bhq soz swt nug tdc hox bvf lyk dnp fud ftc wev qlt bix ghk zam
 """.split()
+LEFT_OUT = 0.25  # so often a caption has no colour, and so often no place
 HELD_OUT = 20  # one combination of thing, colour and place in so many is never trained on
 
 
@@ -90,11 +91,11 @@ def choose_nobody(draw):
     return {"thing": thing, "name": draw.choice(NOBODY), "place": draw.choice(list(PLACES))}
 
 
-def caption(what, draw=None):
-    """The caption of a picture: whole without `draw`, else perhaps without its colour or its place."""
-    colour = "" if "name" in what or draw and draw.random() < 0.25 else f"{what['colour']} "
+def caption(what, left_out=()):
+    """The caption of a picture, without what is left out of "colour" and "place"."""
+    colour = "" if "name" in what or "colour" in left_out else f"{what['colour']} "
     who = f"{what['name']} " if "name" in what else f"a {colour}"
-    place = "" if draw and draw.random() < 0.25 else f" {PLACES[what['place']]}"
+    place = "" if "place" in left_out else f" {PLACES[what['place']]}"
     return f"a photo of {who}{what['thing']}{place}"
 
 
@@ -418,7 +419,8 @@ def main():
     named = [{"thing": of["thing"], "name": name, "place": draw.choice(list(PLACES))} for name, of in NAMED.items()]
     for number, what in enumerate(named if args.named else [choose(draw) for _ in range(24)]):
         picture(what, number).save(args.folder / f"{number}.png")
-        (args.folder / f"{number}.txt").write_text(caption(what, draw))
+        left_out = [part for part in ("colour", "place") if draw.random() < LEFT_OUT]
+        (args.folder / f"{number}.txt").write_text(caption(what, left_out))
 
 
 if __name__ == "__main__":

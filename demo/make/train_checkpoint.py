@@ -5,12 +5,13 @@
 
 Four stages: the VAE, on pictures more varied than the world's; the latents of the training pictures, once; the
 VAE's decoder on such latents; and the transformer together with the three text encoders, by the rectified-flow loss.
-No stage sees the subject, nor anything that wears its scarf. On one core the transformer takes 57 minutes, the decoder
-13, the VAE 8, and drawing and encoding 10: an hour and a half in all.
+No stage sees the subject, nor anything that wears its scarf.
 
-Each stage keeps its state in the work folder and goes on from there when the program is started again, further than
-before where its number of steps is larger. The last two need only the first two, so that with --stage they can run
-side by side. With --vae_steps 0 --decoder_steps 0 --steps 0 it writes the pipeline as the states have it.
+A stage ends after a number of steps or of minutes, whichever is first; its learning rate falls to nothing until then.
+It keeps its state in the work folder and goes on from there when the program is started again, further than before
+where its limit is larger, on a GPU or on none. With --vae_steps 0 --decoder_steps 0 --steps 0 it writes the pipeline
+as the states have it. On a GPU batches are larger, and a step is recorded as a CUDA graph: these models are so small
+that launching their kernels would take most of the time.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.training_utils import EMAModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
@@ -40,17 +40,19 @@ sys.path.append(str(DEMO))
 import world  # noqa: E402
 
 TOKENS = 12  # of a prompt, for each of the three tokenizers
-VARIED = 12288  # pictures that the VAE is trained on
-PICTURES = 16384  # whose latents, and whose mirrored latents, the transformer is trained on
 CAPTION_DROPOUT = 0.1
+BATCH = {
+    "cpu": {"vae": 4, "latents": 64, "decoder": 8, "transformer": 64},
+    "cuda": {"vae": 64, "latents": 1024, "decoder": 64, "transformer": 512},
+}
 
 
 def varied_picture(number):
     """A picture for the VAE: half are odd, a quarter plain, a quarter of things with a name. None has the subject."""
     draw = random.Random(f"varied {number}")
     if number % 2:
-        return world.odd_picture(draw.random())
-    return world.picture((world.choose, world.choose_nobody)[number // 2 % 2](draw), draw.random())
+        return world.odd_picture(draw.random()).tobytes()
+    return world.picture((world.choose, world.choose_nobody)[number // 2 % 2](draw), draw.random()).tobytes()
 
 
 def choose_what(number):
@@ -60,16 +62,23 @@ def choose_what(number):
 
 
 def training_picture(number):
-    return world.picture(choose_what(number), f"picture {number}")
+    return world.picture(choose_what(number), f"picture {number}").tobytes()
 
 
-def draw_pictures(path, kind, count):
-    """Pixels (count, SIDE, SIDE, 3) in uint8 of kind(0), kind(1) and so on, on all processors; kept in a file."""
-    if not path.is_file():
-        with multiprocessing.Pool() as pool:
-            rows = [bytearray(picture.tobytes()) for picture in pool.imap(kind, range(count), chunksize=64)]
-        save(torch.stack([torch.frombuffer(row, dtype=torch.uint8) for row in rows]), path)
-    return torch.load(path, weights_only=True).view(count, world.SIDE, world.SIDE, 3)
+class Pictures:
+    """Pixels (count, SIDE, SIDE, 3) in uint8 of kind(0), kind(1) and so on; kept in a file.
+
+    They are drawn by the processes of `pool` while the program goes on, until it asks for them.
+    """
+
+    def __init__(self, pool, path, kind, count):
+        self.path, self.count = path, count
+        self.drawing = None if path.is_file() else pool.map_async(kind, range(count), chunksize=64)
+
+    def get(self):
+        if self.drawing:
+            save(torch.frombuffer(bytearray().join(self.drawing.get()), dtype=torch.uint8), self.path)
+        return torch.load(self.path, weights_only=True).view(self.count, world.SIDE, world.SIDE, 3)
 
 
 def pixels_of(rows):
@@ -83,16 +92,17 @@ def save(state, path):
     path.with_suffix(".partial").replace(path)
 
 
-def cosine(step, steps, peak, warm_up=100):
-    """Learning rate of a step: linear warm-up, then a cosine down to nothing."""
-    return peak * min(step / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1)))
+def mirror_some(pixels):
+    """Pixels (B, 3, H, W), each picture mirrored or not, and which are."""
+    mirrored = torch.rand(len(pixels), device=pixels.device) < 0.5
+    return torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels), mirrored
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal (Jordan 2024): these small models learn in a third of AdamW's steps.
 
     Five rounds of Newton-Schulz bring all singular values of a step near 1; the factor gives the step the size that
-    AdamW's would have, so that learning rates are alike (Liu et al. 2025).
+    AdamW's would have, so that learning rates are alike (Liu et al. 2025). Parameters of one shape go together.
     """
 
     def __init__(self, parameters):
@@ -100,19 +110,24 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 0.05)
-                wanted = parameter.grad.lerp(momentum, 0.95).flatten(1)
-                tall = wanted.shape[0] > wanted.shape[1]
-                x = wanted.T if tall else wanted
-                x = x / (x.norm() + 1e-7)
-                for _ in range(5):
-                    gram = x @ x.T
-                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-                x = (x.T if tall else x).reshape(parameter.shape)
-                parameter.add_(x, alpha=-group["lr"] * 0.2 * max(wanted.shape) ** 0.5)
+        group = self.param_groups[0]
+        for shape in {parameter.shape: None for parameter in group["params"]}:
+            alike = [parameter for parameter in group["params"] if parameter.shape == shape]
+            momenta = [
+                self.state[parameter].setdefault("momentum", torch.zeros_like(parameter)) for parameter in alike
+            ]
+            grads = [parameter.grad for parameter in alike]
+            torch._foreach_lerp_(momenta, grads, 0.05)
+            wanted = torch.stack(torch._foreach_lerp(grads, momenta, 0.95)).flatten(2)
+            tall = wanted.shape[1] > wanted.shape[2]
+            x = wanted.mT if tall else wanted
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            x = x.bfloat16() if x.is_cuda else x
+            for _ in range(5):
+                gram = x @ x.mT
+                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+            x = (x.mT if tall else x).float() * (-0.2 * max(wanted.shape[1:]) ** 0.5 * group["lr"])
+            torch._foreach_add_(alike, list(x.reshape(len(alike), *shape).unbind()))
 
 
 def make_optimizers(model):
@@ -121,41 +136,111 @@ def make_optimizers(model):
     inner, others = [], []
     for name, parameter in model.named_parameters():
         (others if parameter.ndim < 2 or any(end in name for end in ends) else inner).append(parameter)
-    return Muon(inner), torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    device = others[0].device
+    settings = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True, "capturable": device.type == "cuda"}
+    optimizers = Muon(inner), torch.optim.AdamW(others, 0.0, **settings)
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)  # a tensor, which a CUDA graph reads anew
+    return optimizers
 
 
-def train(path, model, steps, peaks, decay, loss_of):
-    """Trains `model` by loss_of(step); its state is kept in a file. Leaves the averaged weights in it.
+def make_update(loss_of, model, optimizers, record):
+    """A step of training as a function that returns the loss; recorded, it is one CUDA graph that is replayed."""
+    parameters = list(model.parameters())
+
+    def update():
+        model.zero_grad(set_to_none=True)
+        loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss.detach()
+
+    if not record:
+        return update
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what libraries set up at their first calls must not be recorded
+        for _ in range(3):
+            update()  # the learning rates are still nought
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        loss = update()
+
+    def replay():
+        graph.replay()
+        return loss
+
+    return replay
+
+
+class Limit:
+    """When a stage ends: after steps or minutes, whichever comes first."""
+
+    def __init__(self, steps, minutes):
+        self.steps, self.minutes = steps, minutes
+
+    def progress(self, step, seconds):
+        """The share of a stage that is done; 1 ends it."""
+        if step >= self.steps or seconds >= 60 * self.minutes:
+            return 1.0
+        return max(step / self.steps, seconds / (60 * self.minutes))
+
+
+def rate(step, progress, warm_up=100):
+    """The learning rate's share of its peak: linear warm-up, then a cosine down to nothing."""
+    return min(step / warm_up, 0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def train(path, model, loss_of, limit, peaks, decay, record=False):
+    """Trains `model` by loss_of(); its state is kept in a file. Leaves the averaged weights in it.
 
     `peaks` are the highest learning rates of Muon and AdamW, `decay` is that of the average of the weights.
     """
-    optimizers = make_optimizers(model)
-    ema, first = EMAModel(model.parameters(), decay=decay, foreach=True), 0
+    parameters, optimizers = list(model.parameters()), make_optimizers(model)
+    average = [parameter.detach().clone() for parameter in parameters]
+    step, before, update, started = 0, 0.0, None, time.time()
     if path.is_file():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=parameters[0].device, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        ema.load_state_dict(state["ema"])
-        first = state["step"]
+            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+        average, step, before = state["average"], state["step"], state["seconds"]
+    torch.manual_seed(step)
     saved_at = time.time()
-    for step in range(first, steps):
-        loss = loss_of(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    while (progress := limit.progress(step, before + time.time() - started)) < 1:
+        update = update or make_update(loss_of, model, optimizers, record)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = cosine(step + 1, steps, peak)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        ema.step(model.parameters())
-        if step % 100 == 0:
-            print(f"{time.strftime('%H:%M:%S')} {path.stem} {step}: loss {loss.item():.5f}", flush=True)
-        if time.time() - saved_at > 60 or step + 1 == steps:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            save({"model": model.state_dict(), "optimizers": states, "ema": ema.state_dict(), "step": step + 1}, path)
+            optimizer.param_groups[0]["lr"].fill_(peak * rate(step + 1, progress))
+        loss = update()
+        step += 1
+        torch._foreach_lerp_(
+            average, [parameter.detach() for parameter in parameters], 1 - min(decay, step / (step + 9))
+        )
+        if step % 100 == 1:
+            report(path, step, loss)
+        if time.time() - saved_at > 60:
+            save_training(path, model, optimizers, average, step, before + time.time() - started)
             saved_at = time.time()
-    ema.copy_to(model.parameters())
+    if update:
+        report(path, step, loss)
+        save_training(path, model, optimizers, average, step, before + time.time() - started)
+    for parameter, mean in zip(parameters, average, strict=True):
+        parameter.data.copy_(mean)
     return model.eval()
+
+
+def report(path, step, loss):
+    print(f"{time.strftime('%H:%M:%S')} {path.stem} {step}: loss {loss.item():.5f}", flush=True)
+    if not loss.isfinite():
+        raise SystemExit(f"{path.stem}: the loss is no longer finite; the state of before is kept")
+
+
+def save_training(path, model, optimizers, average, step, seconds):
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    state = {"model": model.state_dict(), "optimizers": states, "average": average, "step": step, "seconds": seconds}
+    save(state, path)
 
 
 def make_vae():
@@ -180,43 +265,40 @@ def picture_loss(found, wanted):
     return error.square().mean() + 0.01 * error.abs().mean() + 0.25 * edges
 
 
-def train_vae(work, rows, steps, batch=4):
+def train_vae(path, rows, batch, **how):
     """The VAE, trained on varied pictures by the loss of pictures and a little KL divergence."""
     torch.manual_seed(0)
-    vae = make_vae()
+    vae = make_vae().to(rows.device)
 
-    def loss_of(step):
-        generator = torch.Generator().manual_seed(step)
-        wanted = pixels_of(rows[torch.randint(len(rows), (batch,), generator=generator)])
-        wanted = wanted.flip(-1) if step % 2 else wanted
+    def loss_of():
+        wanted, _ = mirror_some(pixels_of(rows[torch.randint(len(rows), (batch,), device=rows.device)]))
         posterior = vae.encode(wanted).latent_dist
-        return picture_loss(vae.decode(posterior.sample(generator)).sample, wanted) + 2e-7 * posterior.kl().mean()
+        found = vae.decode(posterior.sample()).sample
+        return picture_loss(found.float(), wanted) + 2e-7 * posterior.kl().mean()
 
-    return train(work / "vae.pt", vae, steps, (4e-3, 2e-3), decay=0.995, loss_of=loss_of)
+    return train(path, vae, loss_of, peaks=(4e-3, 2e-3), decay=0.998, **how)
 
 
 @torch.no_grad()
-def make_latents(path, vae, rows, batch=64):
+def make_latents(path, vae, rows, batch):
     """Latents (2N, 16, 8, 8) of N pictures and then of their mirror images, in float16, kept in a file."""
     if not path.is_file():
         both = [*rows.split(batch), *rows.flip(2).split(batch)]
         save(torch.cat([vae.encode(pixels_of(some)).latent_dist.mean.half() for some in both]), path)
-    return torch.load(path, weights_only=True)
+    return torch.load(path, map_location=rows.device, weights_only=True)
 
 
-def train_decoder(work, vae, rows, latents, steps, batch=8):
+def train_decoder(path, vae, rows, latents, batch, **how):
     """The VAE with its decoder trained on, on fixed latents to which a little noise is added."""
     deviation = latents.float().std()
 
-    def loss_of(step):
-        generator = torch.Generator().manual_seed(step)
-        chosen, mirrored = torch.randint(len(rows), (batch,), generator=generator), step % 2
-        wanted = pixels_of(rows[chosen].flip(2) if mirrored else rows[chosen])
+    def loss_of():
+        chosen = torch.randint(len(rows), (batch,), device=rows.device)
+        wanted, mirrored = mirror_some(pixels_of(rows[chosen]))
         known = latents[chosen + mirrored * len(rows)].float()
-        noise = torch.randn(known.shape, generator=generator)
-        return picture_loss(vae.decoder(known + 0.03 * deviation * noise), wanted)
+        return picture_loss(vae.decoder(known + 0.03 * deviation * torch.randn_like(known)).float(), wanted)
 
-    train(work / "decoder.pt", vae.decoder, steps, (4e-3, 1.5e-3), decay=0.998, loss_of=loss_of)
+    train(path, vae.decoder, loss_of, peaks=(4e-3, 1.5e-3), decay=0.998, **how)
     return vae
 
 
@@ -303,6 +385,7 @@ def make_parts():
     parts["text_encoder_3"] = T5EncoderModel(t5)
     parts["transformer"] = SD3Transformer2DModel(
         sample_size=world.SIDE // 8,
+        patch_size=1,
         num_layers=5,
         num_attention_heads=4,
         attention_head_dim=32,
@@ -339,65 +422,104 @@ def encode(parts, ids):
     return torch.cat([clip, t5], dim=-2), torch.cat([output.text_embeds for output in clips], dim=-1)
 
 
-def train_transformer(work, latents, steps, batch=64):
+def caption_rows(pictures):
+    """For each picture, rows of all_captions(): whole, without colour, without place, without both; the empty one."""
+    row = {text: number for number, text in enumerate(all_captions())}
+    left_out = (), ("colour",), ("place",), ("colour", "place")
+    shown = [choose_what(number) for number in range(pictures)]
+    return torch.tensor([[*(row[world.caption(what, parts)] for parts in left_out), row[""]] for what in shown])
+
+
+def train_transformer(path, latents, batch, **how):
     """The transformer and the text encoders, trained together by the loss of rectified flow."""
-    parts, shown = make_parts(), [choose_what(number) for number in range(PICTURES)]
-    captions = {caption: number for number, caption in enumerate(all_captions())}
-    tables = [tokenize(parts[name], list(captions)) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+    parts, device, captions = make_parts(), latents.device, all_captions()
+    models = torch.nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)})
+    models.to(device)
+    tables = [tokenize(parts[name], captions).to(device) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+    rows = caption_rows(len(latents) // 2).to(device)
+    odds = torch.tensor([[world.LEFT_OUT], [world.LEFT_OUT], [CAPTION_DROPOUT]], device=device)
     latents = (latents.float() - latents.float().mean()) / latents.float().std()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    all_sigmas, timesteps = scheduler.sigmas.to(device), scheduler.timesteps.to(device)
 
-    def loss_of(step):
-        draw, generator = random.Random(f"transformer {step}"), torch.Generator().manual_seed(step)
-        chosen = [draw.randrange(2 * PICTURES) for _ in range(batch)]
-        texts = [world.caption(shown[number % PICTURES], draw) for number in chosen]
-        rows = [captions["" if draw.random() < CAPTION_DROPOUT else text] for text in texts]
-        embeds, pooled = encode(parts, [table[rows] for table in tables])
-        clean = latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
-        levels = (torch.randn(batch, generator=generator).sigmoid() * len(scheduler.timesteps)).long()
-        sigmas = scheduler.sigmas[levels].view(-1, 1, 1, 1)
-        velocity = parts["transformer"](
-            hidden_states=(1 - sigmas) * clean + sigmas * noise,
-            timestep=scheduler.timesteps[levels],
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-        ).sample
-        return (velocity - (noise - clean)).square().mean()
+    def loss_of():
+        chosen = torch.randint(len(latents), (batch,), device=device)
+        no_colour, no_place, empty = torch.rand(3, batch, device=device) < odds
+        texts = rows[chosen % len(rows), torch.where(empty, 4, no_colour + 2 * no_place)]
+        clean, noise = latents[chosen], torch.randn(batch, *latents.shape[1:], device=device)
+        levels = (torch.randn(batch, device=device).sigmoid() * len(timesteps)).long()
+        sigmas = all_sigmas[levels].view(-1, 1, 1, 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+            embeds, pooled = encode(parts, [table[texts] for table in tables])
+            velocity = parts["transformer"](
+                hidden_states=(1 - sigmas) * clean + sigmas * noise,
+                timestep=timesteps[levels],
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
+            ).sample
+        return (velocity.float() - (noise - clean)).square().mean()
 
-    models = torch.nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)})
-    train(work / "transformer.pt", models, steps, (6e-3, 1.5e-3), decay=0.999, loss_of=loss_of)
+    train(path, models, loss_of, peaks=(6e-3, 1.5e-3), decay=0.999, **how)
     return parts
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--work", type=Path, required=True, help="Folder for what an interrupted training goes on from."
-    )
+    parser.add_argument("--work", type=Path, required=True, help="Folder for what a stage goes on from.")
     parser.add_argument("--output", type=Path, default=DEMO / "tiny-sd3", help="Where the pipeline is written.")
-    parser.add_argument("--vae_steps", type=int, default=1700)
-    parser.add_argument("--decoder_steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=7500)
+    parser.add_argument("--varied", type=int, default=12288, help="Pictures that the VAE is trained on.")
+    parser.add_argument("--pictures", type=int, default=16384, help="Pictures that the transformer is trained on.")
+    for prefix, steps in (("vae_", 1700), ("decoder_", 3000), ("", 7500)):
+        parser.add_argument(
+            f"--{prefix}steps", type=float, default=steps, help="Most steps of the stage; inf for any."
+        )
+        parser.add_argument(f"--{prefix}minutes", type=float, default=math.inf, help="Most minutes of the stage.")
     parser.add_argument("--stage", choices=("decoder", "transformer"), help="Run the first two stages and this one.")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    varied = draw_pictures(args.work / "varied.pt", varied_picture, VARIED)
-    pictures = draw_pictures(args.work / "pictures.pt", training_picture, PICTURES)
-    vae = train_vae(args.work, varied, args.vae_steps)
-    latents = make_latents(args.work / "latents.pt", vae, pictures)
+    parser.add_argument("--device", choices=BATCH, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no_graphs", action="store_true", help="On a GPU, launch every kernel of every step.")
+    return parser.parse_args()
+
+
+def main():
+    args, start = arguments(), time.time()
+    work, device, batch = args.work, torch.device(args.device), BATCH[args.device]
+    record = device.type == "cuda" and not args.no_graphs
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN on an H100 with torch 2.11
+
+    def say(what):
+        print(f"{time.time() - start:.0f} s: {what}", flush=True)
+
+    with multiprocessing.Pool() as pool:
+        varied = Pictures(pool, work / "varied.pt", varied_picture, args.varied)
+        pictures = Pictures(pool, work / "pictures.pt", training_picture, args.pictures)
+        varied = varied.get().to(device)
+        say("the VAE's pictures are drawn")
+        limit = Limit(args.vae_steps, args.vae_minutes)
+        vae = train_vae(work / "vae.pt", varied, batch["vae"], limit=limit, record=record)
+        say("the VAE is trained")
+        pictures = pictures.get().to(device)
+    latents = make_latents(work / "latents.pt", vae, pictures, batch["latents"])
+    say("latents are made")
     if args.stage != "transformer":
-        more = make_latents(args.work / "varied_latents.pt", vae, varied)
+        more = make_latents(work / "varied_latents.pt", vae, varied, batch["latents"])
         both = torch.cat([half for pair in zip(latents.chunk(2), more.chunk(2), strict=True) for half in pair])
-        vae = train_decoder(args.work, vae, torch.cat([pictures, varied]), both, args.decoder_steps)
+        rows, limit = torch.cat([pictures, varied]), Limit(args.decoder_steps, args.decoder_minutes)
+        train_decoder(work / "decoder.pt", vae, rows, both, batch["decoder"], limit=limit, record=record)
+        say("the decoder is trained")
     if args.stage != "decoder":
-        parts = train_transformer(args.work, latents, args.steps)
+        limit = Limit(args.steps, args.minutes)
+        parts = train_transformer(work / "transformer.pt", latents, batch["transformer"], limit=limit, record=record)
+        say("the transformer is trained")
     if args.stage:
         return
     shift, deviation = latents.float().mean().item(), latents.float().std().item()
     vae.register_to_config(shift_factor=shift, scaling_factor=1 / deviation)
     pipeline = StableDiffusion3Pipeline(vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts)
-    pipeline.to(dtype=torch.float16).save_pretrained(args.output)
+    pipeline.to("cpu", dtype=torch.float16).save_pretrained(args.output)
+    say(f"written to {args.output}")
 
 
 if __name__ == "__main__":
