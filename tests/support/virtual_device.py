@@ -442,7 +442,7 @@ def serve():
     from conftest import isolated, pytest
     from ranks import draw_fast
 
-    seen = []
+    seen, errors, kept = [], sys.stderr, []
     draw_fast(pytest.MonkeyPatch())
     register_optimizer_step_post_hook(lambda *_: seen.append(waits()))
     print(json.dumps("ready"), file=answers, flush=True)
@@ -455,6 +455,8 @@ def serve():
             error = ""
         except (Exception, SystemExit):
             error = traceback.format_exc()
+        kept.append(sys.stderr)  # a script puts its own there, which closes the file when it is forgotten
+        sys.stderr = errors
         for name in [name for name, module in sys.modules.items() if module is None]:
             del sys.modules[name]  # what a script has hidden from the libraries
         print(json.dumps({"error": error, "waits": seen}), file=answers, flush=True)
