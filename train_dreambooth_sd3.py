@@ -42,7 +42,6 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -399,10 +398,7 @@ IMAGE_SUFFIXES = ".jpg .jpeg .jfif .png .webp .avif .heic .heif .bmp .gif .tif .
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as in an imagefolder of the datasets library
 ENCODED = ".encoded"  # folder in output_dir for what is encoded once, while a run lasts
-KEPT_BYTES = 2**30  # of scaled images that stay in memory: decoding a photo can take longer than an update
-LONGEST = (
-    8  # crops that a scaled image is long: of a longer one its crop alone is scaled, or 1 x 5000 pixels take 4 GB
-)
+KEPT_PIXELS = 2**28  # of images that stay in memory, 1 GiB: decoding a photo can take longer than an update
 
 
 def derive_seed(*parts):
@@ -450,35 +446,26 @@ def open_image(source, reach, number, alpha_mask=False):
         raise ValueError(f"the image {name} cannot be read ({error})") from error
 
 
-def cover(rows, columns, size):
-    """Height and width of an image once it is scaled until it just covers `size`, (height, width)."""
-    height, width = size
-    return max(height, rows * width // columns), max(width, columns * height // rows)
+def crop_image(image, size, generator, center, flip):
+    """A crop of `size`, (height, width): uint8 (bands, height, width), its place and mirror drawn.
 
-
-def scale_image(image, size, box=None):
-    """Pixels (H, W, bands) from 0 to 255 of an image, scaled until it just covers `size`, (height, width).
-
-    A very long image is left as it is. With a box, (left, top, right, bottom), this part of it is scaled to `size`.
+    The image is scaled until it just covers `size`, but only inside the crop: all of 1 x 5000 pixels would take 4 GB.
     """
-    if box is None:
-        scaled = cover(image.height, image.width, size)
-        size = (image.height, image.width) if max(scaled) > LONGEST * max(size) else scaled
+    height, width = size
+    rows = max(height, image.height * width // image.width)
+    columns = max(width, image.width * height // image.height)
+    down, right, mirror = torch.rand(3, generator=generator).tolist()
+    if center:
+        top = round((rows - height) / 2)
+        left = round((columns - width) / 2)
+    else:
+        top = int(down * (rows - height + 1))
+        left = int(right * (columns - width + 1))
+    x = image.width / columns
+    y = image.height / rows
+    box = (left * x, top * y, (left + width) * x, (top + height) * y)
     bands = [image.convert("RGB"), *image.split()[3:]]  # apart: PIL would multiply the colours by the alpha
-    return np.dstack([band.resize(size[::-1], Image.Resampling.BILINEAR, box) for band in bands])  # antialiased
-
-
-def crop_image(pixels, size, generator, center, flip):
-    """A crop of `size` of scaled pixels (H, W, bands): uint8 (bands, height, width), its place and mirror drawn."""
-    scaled = np.array(cover(*pixels.shape[:2], size))
-    spare = scaled - size
-    *place, mirror = torch.rand(3, generator=generator).tolist()
-    corner = np.rint(spare / 2) if center else np.floor(place * (spare + 1))
-    top, left, bottom, right = np.concatenate([corner, corner + size]).astype(int)
-    crop = pixels[top:bottom, left:right]
-    if len(pixels) != scaled[0]:  # not scaled yet
-        y, x = pixels.shape[:2] / scaled
-        crop = scale_image(Image.fromarray(pixels), size, (left * x, top * y, right * x, bottom * y))
+    crop = np.dstack([band.resize((width, height), Image.Resampling.BILINEAR, box) for band in bands])  # antialiased
     if flip and mirror < 0.5:
         crop = crop[:, ::-1]
     return torch.from_numpy(crop.copy()).permute(2, 0, 1)
@@ -524,24 +511,24 @@ class DreamBoothDataset:
         self.images = {}  # by kind, "instance" or "class"
         self.prompts = {}
         self.moments = None
-        self.scaled = {}
-        self.kept_bytes = 0
+        self.kept = {}
+        self.room = KEPT_PIXELS
         prompts = [read_caption(number, caption) for number, caption in enumerate(captions)]
         lacking = prompts.count(())
         if lacking and args.instance_prompt is None:
             refuse(f"{flag}: {lacking} of {len(prompts)} images have no caption: give --instance_prompt")
         prompts = [words or (args.instance_prompt,) for words in prompts]
-        self.sizes, checksums, opacities = self.add_images("instance", flag, images, prompts)
+        self.sizes, checksums, alphas = self.add_images("instance", flag, images, prompts)
         self.digest = derive_seed(prompts, checksums)
         sizes = dict(Counter(self.sizes))
         log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {sizes}")
-        if args.alpha_mask and {0, 255}.issuperset(opacities):
+        if args.alpha_mask and {(0, 0), (255, 255)}.issuperset(alphas):
             log.warning(
                 f"{flag}: --alpha_mask: no image is transparent in part; one that is as a whole teaches nothing"
             )
 
     def add_images(self, kind, flag, images, prompts):
-        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and mean opacities.
+        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and ranges of alpha.
 
         `prompts` are tuples: of each, one is drawn an epoch.
         """
@@ -551,8 +538,10 @@ class DreamBoothDataset:
         self.prompts[kind] = prompts
 
         def inspect(number):
-            pixels, size = self.load(kind, number)
-            return size, hashlib.sha256(pixels).hexdigest(), pixels[:, :, -1].mean()
+            image = self.load(kind, number)
+            bucket = training_utils.find_nearest_bucket(image.height, image.width, self.buckets)
+            checksum = hashlib.sha256(image.tobytes()).hexdigest()
+            return self.buckets[bucket], checksum, image.split()[-1].getextrema()
 
         with ThreadPoolExecutor() as pool:
             found = [pool.submit(inspect, number) for number in range(len(images))]
@@ -562,21 +551,28 @@ class DreamBoothDataset:
             refuse(f"{flag}: {len(broken)} of {len(images)} images are broken: {'; '.join(broken[:10])}: {remedy}")
         return zip(*[each.result() for each in found], strict=True)
 
-    def load(self, kind, number, size=None):
-        """Scaled pixels (H, W, bands) of an image, which stay in memory while there is room, and its crop's size."""
-        reach = max(map(max, self.buckets))
-        image = open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
-        if size is None:
-            size = self.buckets[training_utils.find_nearest_bucket(image.height, image.width, self.buckets)]
-        pixels = scale_image(image, size)
-        if self.kept_bytes + pixels.nbytes <= KEPT_BYTES:
-            self.kept_bytes += pixels.nbytes
-            self.scaled[kind, number, size] = pixels
-        return pixels, size
+    def load(self, kind, number):
+        """An image, which stays in memory while there is room."""
+        image = self.kept.get((kind, number))
+        if image is None:
+            reach = max(map(max, self.buckets))
+            image = open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
+            self.room -= image.width * image.height
+            if self.room > 0:
+                self.kept[kind, number] = image
+        return image
 
     def __len__(self):
         instances = len(self.images["instance"]) * self.args.repeats
         return max(instances, len(self.images.get("class", ())))
+
+    def has_fixed_crops(self):
+        """Whether each image is always seen in the same crop, and there are few enough to stay in memory."""
+        if self.args.random_flip or len(self.kept) < sum(map(len, self.images.values())):
+            return False
+        height, width = self.buckets[0]
+        whole = all(image.width * height == image.height * width for image in self.kept.values())
+        return self.args.center_crop or (whole and len(self.buckets) == 1)
 
     def __getitem__(self, place):
         """The examples of an item: instance, then class."""
@@ -592,7 +588,7 @@ class DreamBoothDataset:
             if dropped and kind == "instance":
                 prompt = ""
             if self.moments:
-                data = self.moments[kind, number, size]["moments"][0]
+                data = self.moments[kind, number, size]["moments"]
             else:
                 data = self.pixels(kind, number, size, seed)
             examples.append({"data": data, "prompt": prompt, "seed": seed})
@@ -604,11 +600,9 @@ class DreamBoothDataset:
 
     def pixels(self, kind, number, size, seed):
         """Pixels (bands, height, width) of one image from 0 to 255, in the crop that `seed` draws."""
-        scaled = self.scaled.get((kind, number, size))
-        if scaled is None:
-            scaled, _ = self.load(kind, number, size)
         generator = torch.Generator().manual_seed(derive_seed(seed, "crop"))
-        return crop_image(scaled, size, generator, self.args.center_crop, self.args.random_flip)
+        image = self.load(kind, number)
+        return crop_image(image, size, generator, self.args.center_crop, self.args.random_flip)
 
 
 class Batches(list):
@@ -672,7 +666,7 @@ class TensorFolder:
             some = mine[first : first + batch]
             made = make(some)
             for number, key in enumerate(some):
-                tensors = {name: tensor[number : number + 1].cpu().contiguous() for name, tensor in made.items()}
+                tensors = {name: tensor[number].cpu().contiguous() for name, tensor in made.items()}
                 with or_refuse(f"{self.folder} cannot be written"):
                     save_file(tensors, self.path(key))
         accelerator.wait_for_everyone()
@@ -841,12 +835,8 @@ def load_part(args, parts, name, checkpoint=None, **options):
                 **options,
             )
             return part.requires_grad_(False)
-        # Built on the meta device, the transformer is loaded faster and without a second copy.
-        modern = utils.compare_versions("diffusers", ">=", "0.40.0")
-        on_meta = name == "transformer" and modern and not options.get("quantization_config")
-        options |= source_of(args, name)
-        with torch.device("meta") if on_meta else contextlib.nullcontext():
-            part, info = part_class.from_pretrained(model, **options, output_loading_info=True)
+        options |= source_of(args, name) | {"output_loading_info": True}
+        part, info = part_class.from_pretrained(model, **options)
         wrong = sum(map(list, info.values()), [])  # keys that are missing, unexpected, of another shape
         if wrong and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {wrong[0]}, {len(wrong)} in all")
@@ -955,13 +945,12 @@ class PromptTable:
             training_utils.free_memory()
 
     def report_cut(self, prompts):
-        """Warns of prompts that CLIP or T5 cannot read to the end, ten at most, with the words that are lost."""
+        """Warns of prompts that an encoder cannot read to the end, ten at most, with the words that are lost."""
         cut = {}
-        for name in sorted({"text_encoder", "text_encoder_3"} & self.tokenizers.keys()):
-            tokenizer = self.tokenizers[name]
+        for name, tokenizer in self.tokenizers.items():  # T5 comes last: what it loses, CLIP loses too
             for prompt in prompts:
                 lost = tokenizer(prompt, verbose=False).input_ids[tokenizer.model_max_length - 1 : -1]
-                if lost:  # what T5 loses, CLIP loses too
+                if lost:
                     cut[prompt] = f"{name} loses {tokenizer.decode(lost)!r}"
         for prompt in list(cut)[:10]:
             log.warning(f"the prompt {prompt[:60]!r} is too long: {cut[prompt]}")
@@ -979,11 +968,7 @@ class PromptTable:
         """One encoder's part of the text, computed if the encoder is trained, else looked up."""
         if name in self.trained:
             return self.encode(prompts, self.trained[name], name)
-        found = [self.look_up(name, prompt) for prompt in prompts]
-        parts = {}
-        for part in found[0]:
-            parts[part] = torch.cat([each[part] for each in found])
-        return parts
+        return torch.utils.data.default_collate([self.look_up(name, prompt) for prompt in prompts])
 
     def __call__(self, prompts):
         """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts.
@@ -1045,7 +1030,7 @@ def cache_moments(dataset, vae, accelerator, name):
     moments = TensorFolder(dataset.args, name)
     moments.fill(accelerator, list(keys), encode, "Caching latents")
     dataset.moments = moments
-    dataset.scaled = {}
+    dataset.kept.clear()
 
 
 def draw_latents(args, vae_config, moments, seeds, device):
@@ -1211,31 +1196,34 @@ def trained_parameters(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def read_state(accelerator, model):
-    """A model's weights by their own names. A collective, because under FSDP2 each process has a part of them."""
-    state = accelerator.get_state_dict(model)
-    # Prefixes of torch.compile and of DDP.
-    return {key.replace("_orig_mod.", "").removeprefix("module."): weight for key, weight in state.items()}
+def read_states(accelerator, models):
+    """The models' weights by their own names. A collective, because under FSDP2 each process has a part of them."""
+    states = {}
+    for name, model in models.items():
+        state = accelerator.get_state_dict(model)
+        # Prefixes of torch.compile and of DDP.
+        state = {key.replace("_orig_mod.", "").removeprefix("module."): weight for key, weight in state.items()}
+        states[name] = state
+    return states
 
 
-def save_weights(args, accelerator, models, folder, parts=None):
-    """Writes each trained model into a folder of its name.
+def save_weights(args, accelerator, models, states, folder, parts=None):
+    """Writes each trained model into a folder of its name, on the main process.
 
     `parts` are the base pipeline's when the result is written, which also gets the index of a whole pipeline.
     """
+    if not accelerator.is_main_process:
+        return
     for name, model in models.items():
-        state = read_state(accelerator, model)
-        if not accelerator.is_main_process:
-            continue
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         if name == "transformer":  # diffusers saves what a model holds, transformers what it is handed
             with torch.device("meta"):
                 model = type(model).from_config(model.config)
-            model.load_state_dict(state, assign=True)
+            model.load_state_dict(states[name], assign=True)
             model.save_pretrained(Path(folder, name))
         else:
-            model.save_pretrained(Path(folder, name), state_dict=state)
-    if parts and accelerator.is_main_process:
+            model.save_pretrained(Path(folder, name), state_dict=states[name])
+    if parts:
         names = ("transformer", "vae", "scheduler", *TEXT_ENCODERS, *TOKENIZERS)
         index = {"_class_name": "StableDiffusion3Pipeline"}
         for name in names:
@@ -1272,7 +1260,7 @@ class SingleUpdates(torch.optim.Optimizer):
         for group in self.param_groups:
             group["updates"] = 0
             for parameter in group["params"]:
-                wide = torch.nn.Parameter(parameter.data.float())
+                wide = torch.nn.Parameter(torch.empty(0, device=parameter.device))
                 optimizer = make([wide])
                 self.own[parameter] = (len(self.own), group, wide, optimizer)
                 self.state[parameter] = optimizer.state[wide]
@@ -1342,14 +1330,8 @@ def make_optimizer(args, accelerator, models):
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        return Prodigy(
-            groups,
-            **shared,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
+        names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+        return Prodigy(groups, **shared, **{name: getattr(args, f"prodigy_{name}") for name in names})
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
@@ -1409,9 +1391,7 @@ MAY_DIFFER = (  # without a word
     " push_to_hub hub_model_id hub_private_repo validation_prompt validation_data_dir num_validation_images"
     " validation_epochs validation_num_inference_steps validation_guidance_scale skip_final_inference"
 ).split()
-LENGTH = ("max_train_steps", "num_train_epochs")  # changes the rate, unless that is constant
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")  # of the optimizer's groups: on resume the flags' win
-SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
 
 
 @dataclasses.dataclass
@@ -1457,10 +1437,11 @@ def save_checkpoint(args, accelerator, trained, state):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
     folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
-    what = f"saving {folder}, where {shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free,"
+    what = f"saving {folder} ({shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free)"
+    states = read_states(accelerator, trained.models)
     failed = []
     with attempt(failed, what):
-        save_weights(args, accelerator, trained.models, partial)
+        save_weights(args, accelerator, trained.models, states, partial)
         # Under FSDP2 accelerator.save_state would write the whole model as well.
         partial.mkdir(exist_ok=True)
         if accelerator.is_main_process or is_split(accelerator):
@@ -1490,25 +1471,26 @@ def complete_checkpoint(args, average, state, folder):
 
 
 def write_manifest(args, state, folder, patterns):
-    """Writes what a checkpoint or the result consists of, gives it the umask's mode and flushes it to the disk."""
-    sizes = {}
-    for pattern in patterns:
-        for path in Path(folder).glob(pattern):
-            if path.is_file():
-                sizes[str(path.relative_to(folder))] = path.stat().st_size
-    manifest = {"format": FORMAT, "step": state.step, "seed": args.seed, "run": state.facts, "files": sizes}
-    path = Path(folder, MANIFEST)
-    path.write_text(json.dumps(manifest, indent=2))
-    for name in (*sizes, MANIFEST):
-        with contextlib.suppress(OSError):  # a file system without modes
-            Path(folder, name).chmod(path.stat().st_mode)
-        try:
-            with Path(folder, name).open("rb+") as file:
-                os.fsync(file.fileno())  # else a crash now could leave the name without the contents
-        except OSError as error:
-            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-                raise
-            log.warning_once(f"{args.output_dir} cannot be flushed to its disk, a crash may cost files: {error}")
+    """Describes a checkpoint or the result, gives its files the umask's mode and flushes them to the disk."""
+    manifest = {"format": FORMAT, "step": state.step, "seed": args.seed, "run": state.facts}
+    written = Path(folder, MANIFEST)
+    written.write_text(json.dumps(manifest, indent=2))
+    for pattern in (*patterns, MANIFEST):
+        for path in filter(Path.is_file, Path(folder).glob(pattern)):
+            with contextlib.suppress(OSError):  # a file system without modes
+                path.chmod(written.stat().st_mode)
+            with path.open("rb+") as file:
+                flush(file)
+
+
+def flush(file):
+    """Writes a file to the disk: else a crash could leave the name without the contents."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot
+            raise
+        log.warning_once(f"{file.name} cannot be flushed to its disk, a crash may cost it: {error}")
 
 
 def remove(folder):
@@ -1544,20 +1526,19 @@ def read_manifest(folder):
     """What a checkpoint holds. Errors: ValueError that says what is wrong with it."""
     try:
         manifest = json.loads(Path(folder, MANIFEST).read_text())
-        if manifest.get("format") != FORMAT:
-            refuse(f"{folder}: its format is {manifest.get('format')}, not {FORMAT}: use the script that wrote it")
-        for name, size in manifest["files"].items():
-            found = Path(folder, name).stat().st_size
-            if found != size:
-                raise ValueError(f"{name} has {found} bytes, not {size}")
-        manifest["step"], manifest["seed"], [manifest["run"][name] for name in SHARES]
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        manifest["step"], manifest["seed"], manifest["run"]["processes"]
+    except (OSError, LookupError, ValueError, TypeError) as error:
         raise ValueError(f"{folder} is no checkpoint to resume from: {error}") from error
+    if manifest.get("format") != FORMAT:
+        refuse(f"{folder}: its format is {manifest.get('format')}, not {FORMAT}: use the script that wrote it")
     return manifest
 
 
 def find_checkpoint(args):
-    """Folder and manifest of --resume_from_checkpoint, or (None, {}) where training starts anew."""
+    """Folder and manifest of --resume_from_checkpoint, or (None, {}) where training starts anew.
+
+    The folder is output_dir where the result of as many updates is finished.
+    """
     wanted = args.resume_from_checkpoint
     present = list(list_checkpoints(args.output_dir).values())
     if not wanted:
@@ -1565,19 +1546,20 @@ def find_checkpoint(args):
             found = f"--output_dir {args.output_dir!r} has {present[0].name} of an earlier run"
             refuse(f"{found}: add --resume_from_checkpoint latest, give another folder, or take the checkpoints away")
         return None, {}
-    if wanted != "latest":
-        present = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
-    else:
-        with contextlib.suppress(ValueError):  # no result, or not a whole one
-            manifest = read_manifest(args.output_dir)
-            asked = {"max_train_steps": args.max_train_steps, "num_train_epochs": args.num_train_epochs}
-            if asked.items() <= manifest["run"].items():
-                return Path(args.output_dir), manifest
-    for folder in present:
+    result = Path(args.output_dir)
+    folders = [Path(wanted), result / wanted]
+    if wanted == "latest":
+        folders = [result, *present]
+    for folder in filter(Path.is_dir, folders):
         try:
-            return folder, read_manifest(folder)
+            manifest = read_manifest(folder)
         except ValueError as error:
-            log.warning(f"passed over: {error}")
+            if folder != result:
+                log.warning(f"passed over: {error}")
+            continue
+        asked = {"max_train_steps": args.max_train_steps, "num_train_epochs": args.num_train_epochs}
+        if folder != result or asked.items() <= manifest["run"].items():
+            return folder, manifest
     if wanted != "latest":
         refuse(f"--resume_from_checkpoint {wanted!r}: no whole checkpoint, neither here nor in {args.output_dir!r}")
     log.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, training starts anew")
@@ -1588,18 +1570,11 @@ def compare_runs(accelerator, checkpoint, manifest, now):
     """Stops if the checkpoint's model or optimizer settings differ; warns about other changes, which take effect."""
     then = manifest.get("run", now)
     differ = [name for name in then if name in now and then[name] != now[name]]
-    fixed = MUST_MATCH
-    if is_split(accelerator):
-        fixed = [*MUST_MATCH, "processes"]
+    fixed = [*MUST_MATCH, "processes"] if is_split(accelerator) else MUST_MATCH
     for name in fixed:
         if name in differ:
             refuse(f"{checkpoint} was trained with {name} {then[name]!r}, not {now[name]!r}: give the same")
-    silent = [*MAY_DIFFER]
-    if math.prod(then[name] for name in SHARES) == math.prod(now[name] for name in SHARES):
-        silent += SHARES  # an update has the same images, however they are shared out
-    if now["lr_scheduler"].startswith("constant"):
-        silent += LENGTH
-    changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in differ if name not in silent]
+    changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in differ if name not in MAY_DIFFER]
     if changed:
         log.warning(f"resuming {checkpoint} with changed flags: {', '.join(changed)}")
 
@@ -1613,10 +1588,10 @@ def resume(accelerator, checkpoint, trained, state):
         settings.append({name: group[name] for name in SETTINGS})
     with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
         for file, part in list_states(accelerator, trained).items():
-            saved = torch.load(Path(checkpoint, file), map_location=accelerator.device, weights_only=True)
+            saved = torch.load(Path(checkpoint, file), map_location=device_of(accelerator), weights_only=True)
             part.load_state_dict(saved)
         if trained.average:
-            weights = load_file(Path(checkpoint, AVERAGE), device=str(accelerator.device))
+            weights = load_file(Path(checkpoint, AVERAGE), device=str(device_of(accelerator)))
             trained.average.optimization_step = weights.pop("step").item()
             trained.average.shadow_params = [weights[str(number)] for number in range(len(weights))]
     schedule = trained.schedule.scheduler  # torch's LambdaLR, inside accelerate's wrapper
@@ -1679,18 +1654,13 @@ def attempt(failed, what, kind=Exception):
         log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
 
 
-DECODING = 3072  # bytes that the VAE needs for a pixel
-
-
 def draw_images(args, transformer, frozen, prompt, seeds, **options):
     """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
 
-    The VAE decodes in float32. Errors: ValueError for latents that are not finite.
+    Errors: ValueError for latents that are not finite.
     """
-    vae = frozen.vae
-    count = len(seeds)
-    embeds, pooled = frozen.embed([prompt] * count)
-    empty_embeds, empty_pooled = frozen.embed([""] * count)
+    embeds, pooled = frozen.embed([prompt] * len(seeds))
+    empty_embeds, empty_pooled = frozen.embed([""] * len(seeds))
     absent = dict.fromkeys(("vae", *TEXT_ENCODERS, *TOKENIZERS))
     scheduler = type(frozen.scheduler).from_config(frozen.scheduler.config)
     pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **absent)
@@ -1708,10 +1678,18 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
     ).images
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
-    latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    return decode_latents(args, transformer, frozen.vae, latents)
+
+
+DECODING = 5000  # bytes a pixel that the VAE has taken on an H100
+
+
+def decode_latents(args, transformer, vae, latents):
+    """PIL images of latents (B, C, h, w), in float32. If memory is short, the transformer waits on the CPU."""
     device = latents.device
-    leaves = args.offload or not has_room(device, DECODING * args.resolution**2)
-    away = training_utils.offload_models(transformer, device="cpu", offload=leaves and transformer.device == device)
+    latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    short = args.offload or not has_room(device, DECODING * args.resolution**2)
+    away = training_utils.offload_models(transformer, device="cpu", offload=short and transformer.device == device)
     with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")
@@ -1720,12 +1698,11 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
 def add_class_images(args, parts, accelerator, dataset):
     """Adds the class images to the dataset; those that --class_data_dir lacks are drawn into it before."""
     present = list_images(args.class_data_dir)
-    taken = {path.name.split("-")[0] for path in present}  # an interrupted run or a user may have left gaps
+    taken = {path.name.split("-")[0] for path in present}  # an interrupted run may have left gaps
     free = [number for number in range(args.num_class_images) if str(number) not in taken]
-    lacking = max(args.num_class_images - len(present), 0)
     accelerator.wait_for_everyone()  # until all have counted: then some start to draw
-    if lacking:
-        draw_class_images(args, parts, accelerator, free[:lacking])
+    if len(present) < args.num_class_images:
+        draw_class_images(args, parts, accelerator, free[: args.num_class_images - len(present)])
         training_utils.free_memory()
     images = list_images(args.class_data_dir)[: args.num_class_images]
     dataset.add_images("class", "--class_data_dir", images, [(args.class_prompt,)] * len(images))
@@ -1745,12 +1722,11 @@ def draw_class_images(args, parts, accelerator, numbers):
     for first in tqdm(firsts, desc="Drawing class images", disable=not accelerator.is_main_process):
         batch = mine[first : first + args.sample_batch_size]
         seeds = [derive_seed(args.seed, "class drawing", number) for number in batch]
-        with or_refuse(f"class images cannot be drawn in {dtype}: {remedy}"), torch.no_grad():
+        with or_refuse(f"class images cannot be drawn in {dtype} or written: {remedy}"), torch.no_grad():
             images = draw_images(args, transformer, frozen, args.class_prompt, seeds)
-        for number, image in zip(batch, images, strict=True):
-            digest = hashlib.sha256(image.tobytes()).hexdigest()
-            with or_refuse(f"--class_data_dir {args.class_data_dir!r} cannot be written"):
-                save_image(image, Path(args.class_data_dir, f"{number}-{digest[:16]}.png"))
+            for number, image in zip(batch, images, strict=True):
+                digest = derive_seed(image.tobytes())
+                save_image(image, Path(args.class_data_dir, f"{number}-{digest:x}.png"))
     accelerator.wait_for_everyone()
 
 
@@ -1766,13 +1742,13 @@ def share(accelerator, count):
 
     Under FSDP2 all processes must take part in each forward pass.
     """
-    padded = math.ceil(count / accelerator.num_processes) * accelerator.num_processes
-    return [number % count for number in range(accelerator.process_index, padded, accelerator.num_processes)]
+    processes = accelerator.num_processes
+    return [number % count for number in range(accelerator.process_index, count + -count % processes, processes)]
 
 
-def gather_dict(found):
-    """The entries that all processes have found, in the order of their keys."""
-    return dict(sorted(utils.gather_object(list(found.items()))))
+def gather_values(found):
+    """The values that all processes have found, in the order of their keys."""
+    return [value for _, value in sorted(dict(utils.gather_object([*found.items()])).items())]
 
 
 HELD_OUT_LEVELS = 8  # noise levels, spread evenly
@@ -1826,16 +1802,16 @@ def validate(args, accelerator, trained, frozen, state):
             with attempt(failed, what, kind):
                 images[number] = draw_validation_image(args, transformer, frozen, number)
     training_utils.free_memory()
-    losses = gather_dict(losses)
-    images = gather_dict(images)
+    losses = gather_values(losses)
+    images = gather_values(images)
     failed = utils.gather_object(failed)
     paths = []
     if accelerator.is_main_process:
         with attempt(failed, what):
             if len(losses) == held_out > 0:
-                log_held_out(accelerator, list(losses.values()), state)
+                log_held_out(accelerator, losses, state)
             if len(images) == wanted > 0:
-                paths = save_validation(args, accelerator, list(images.values()), state)
+                paths = save_validation(args, accelerator, images, state)
     if state.finished and failed:
         state.failed.append(what)
     return paths
@@ -1844,16 +1820,12 @@ def validate(args, accelerator, trained, frozen, state):
 def draw_validation_image(args, transformer, frozen, number):
     """A validation image; numbers count prompt after prompt, and image i of each prompt is drawn from seed + i."""
     row, column = divmod(number, args.num_validation_images)
-    (image,) = draw_images(
-        args,
-        transformer,
-        frozen,
-        args.validation_prompt[row],
-        [args.seed + column],
-        num_inference_steps=args.validation_num_inference_steps,
-        guidance_scale=args.validation_guidance_scale,
-    )
-    return image
+    options = {
+        "num_inference_steps": args.validation_num_inference_steps,
+        "guidance_scale": args.validation_guidance_scale,
+    }
+    prompt = args.validation_prompt[row]
+    return draw_images(args, transformer, frozen, prompt, [args.seed + column], **options)[0]
 
 
 def save_validation(args, accelerator, images, state):
@@ -1861,16 +1833,18 @@ def save_validation(args, accelerator, images, state):
     title = "test" if state.finished else "validation"
     pattern = "image_{}.png" if state.finished else f"validation/step-{state.step:06d}-{{}}.png"
     paths = [Path(args.output_dir, pattern.format(number)) for number in range(len(images))]
-    paths[0].parent.mkdir(exist_ok=True)
+    grid = Path(args.output_dir, pattern.format("grid"))
+    grid.parent.mkdir(exist_ok=True)
     for path, image in zip(paths, images, strict=True):
         save_image(image, path)
     prompts = args.validation_prompt
-    grid = make_image_grid(images, len(prompts), args.num_validation_images)
-    save_image(grid, Path(args.output_dir, pattern.format("grid")))
-    rows = {}
-    for number, pixels in enumerate(np.split(np.stack(images), len(prompts))):
-        words = re.sub(r"\W+", "_", prompts[number])[:60]  # trackers make it part of a file's name
-        rows[f"{title}_{number}_{words}" if len(prompts) > 1 else title] = pixels
+    save_image(make_image_grid(images, len(prompts), args.num_validation_images), grid)
+    rows = {title: np.stack(images)}
+    if len(prompts) > 1:
+        rows = {}
+        for prompt, pixels in zip(prompts, np.split(np.stack(images), len(prompts)), strict=True):
+            words = re.sub(r"\W+", "_", prompt)[:60]  # trackers make it part of a file's name
+            rows[f"{title}_{words}"] = pixels
     for tracker in accelerator.trackers:
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         if hasattr(tracker, "log_images"):
@@ -1890,20 +1864,6 @@ def public_name(value):
     return value
 
 
-def describe_flags(args):
-    """The flags that were given, as on a command line, without secrets and folders above files: a card is public."""
-    parser = build_parser()
-    words = []
-    for name, value in vars(args).items():
-        if value == parser.get_default(name) or name in ("output_dir", "local_rank", "hub_token"):
-            continue
-        words.append(f"--{name}")
-        if value is not True:
-            values = value if isinstance(value, list) else [value]
-            words += [public_name(str(each)) for each in values]
-    return shlex.join(words)
-
-
 def describe_cost(state):
     """What the updates took since the run was started or resumed, and the last held-out loss."""
     updates = len(state.seconds)
@@ -1915,17 +1875,12 @@ def describe_cost(state):
 
 
 def describe_result(args, parts, repository, state):
-    """The model card's text: what was trained, the program that loads it, and the flags."""
+    """The model card's text: what was trained, from what, at what cost, and the program that loads it."""
     base = public_name(args.pretrained_model_name_or_path)
+    own = args.pretrained_transformer_model_name_or_path
+    trained = f"{base} with the transformer {public_name(own)}" if own else base
     given = {"revision": args.revision, "variant": args.variant}
     options = "".join(f", {name}={value!r}" for name, value in given.items() if value)
-    own = args.pretrained_transformer_model_name_or_path
-    if own:
-        call = f"from_pretrained({public_name(own)!r}"
-        if own.endswith(".safetensors"):
-            call = f"from_single_file({public_name(own)!r}, config={base!r}"
-        call += ", subfolder='transformer', torch_dtype=torch.bfloat16)"
-        options += f", transformer=diffusers.SD3Transformer2DModel.{call}"
     source = RESULT["pipeline"].format(base=base, options=options, result=repository)
     if "text_encoder_3" not in parts:
         source += ", text_encoder_3=None, tokenizer_3=None"
@@ -1933,21 +1888,17 @@ def describe_result(args, parts, repository, state):
     prompts = args.validation_prompt or [args.instance_prompt or ""]
     return f"""# {RESULT["title"]} - {repository}
 
-DreamBooth weights for {base}, trained for {state.step} updates.{subject} {describe_cost(state)}.
+DreamBooth weights for {trained}, trained for {state.step} updates.{subject} {describe_cost(state)}.
 
 ```py
-import diffusers
 import torch
+from diffusers import StableDiffusion3Pipeline
 
-pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
+pipeline = StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
 {RESULT["usage"].format(repository)}
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+pipeline.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
 pipeline({prompts[0]!r}, **size).images[0].save("image.png")
-```
-
-```sh
-{describe_flags(args)}
 ```
 
 The base model's [licence]({LICENCE}) holds for these weights.
@@ -1965,6 +1916,10 @@ def write_card(args, parts, repository, state, image_paths):
     A card that a person wrote or changed gets another name.
     """
     base = args.pretrained_model_name_or_path
+    widget = []
+    for number, path in enumerate(image_paths):
+        prompt = args.validation_prompt[number // args.num_validation_images]
+        widget.append({"text": prompt, "output": {"url": path.name}})
     data = huggingface_hub.ModelCardData(
         license="other",
         license_name="stabilityai-ai-community",
@@ -1974,13 +1929,9 @@ def write_card(args, parts, repository, state, image_paths):
         tags=["text-to-image", "diffusers-training", "diffusers", "sd3", "sd3-diffusers", *RESULT["tags"]],
         base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base is not an id
         instance_prompt=args.instance_prompt,
-        widget=[
-            {"text": args.validation_prompt[number // args.num_validation_images], "output": {"url": path.name}}
-            for number, path in enumerate(image_paths)
-        ]
-        or None,
+        widget=widget or None,
     )
-    gallery = "<Gallery />" if image_paths else ""
+    gallery = "<Gallery />" if widget else ""
     text = describe_result(args, parts, repository, state)
     path = Path(args.output_dir, "README.md")
     if path.is_file():
@@ -1998,8 +1949,8 @@ def open_repository(args, accelerator):
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
     remedy = "give --hub_model_id USER/NAME, a token that may write (`hf auth login`, HF_TOKEN), huggingface_hub 1.5"
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
-        options = {"private": args.hub_private_repo or None, "exist_ok": True}
-        repository = huggingface_hub.create_repo(repository, **options, token=args.hub_token).repo_id
+        options = {"private": args.hub_private_repo or None, "exist_ok": True, "token": args.hub_token}
+        repository = huggingface_hub.create_repo(repository, **options).repo_id
         huggingface_hub.auth_check(repository, write=True, token=args.hub_token)  # create_repo takes any token
     return repository
 
@@ -2035,17 +1986,16 @@ OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-
 
 def check_output(args):
     """Refuses logs that leave output_dir or get into what is written there, and what is in the way of that."""
-    logs = Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name)
-    free = ".." not in logs.parts and not logs.is_absolute()
-    for pattern in (*RESULT["files"], *OUTPUT):
-        name, folder, _ = pattern.partition("/")
-        free = free and not fnmatch.fnmatch(logs.parts[0], name)
+    logs = os.path.normpath(Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name))
+    taken = [pattern.partition("/") for pattern in (*RESULT["files"], *OUTPUT)]
+    for name in ("..", os.sep, *(name for name, _, _ in taken)):
+        if fnmatch.fnmatch(Path(logs).parts[0], name):
+            names = "--logging_dir, --tracker_run_name, --tracker_project_name"
+            refuse(f"{names}: {logs!r} leads out of --output_dir or into the result: give other names")
+    for name, folder, _ in taken:
         for path in Path(args.output_dir).glob(name):
             if path.is_dir() != bool(folder) or not os.access(path, os.W_OK):
                 refuse(f"{path} is in the way of what the run writes: take it away or give another --output_dir")
-    if not free:
-        names = "--logging_dir, --tracker_run_name, --tracker_project_name"
-        refuse(f"{names}: {str(logs)!r} is no folder of its own inside --output_dir: give other names")
 
 
 def start_accelerator(args):
@@ -2087,8 +2037,8 @@ def start_accelerator(args):
     return accelerator
 
 
-WITHOUT_FSDP = (  # it splits one model, in float32, after it is loaded
-    "use_ema train_text_encoder use_8bit_adam bnb_quantization_config_path full_bf16 fused_backward_pass"
+WITHOUT_FSDP = (  # it splits one float32 model, and not the sums over all weights that Prodigy needs
+    "use_ema train_text_encoder use_8bit_adam prodigy bnb_quantization_config_path full_bf16 fused_backward_pass"
 ).split()
 
 
@@ -2097,8 +2047,8 @@ def check_fsdp(args, plugin):
     if getattr(plugin, "fsdp_version", 1) != 2:
         refuse("FSDP is supported in its second version alone: set fsdp_version to 2, with accelerate 1.6 or later")
     for name in WITHOUT_FSDP:
-        if vars(args).get(name):
-            refuse(f"--{name} does not work under FSDP2: leave it out, or choose DDP in `accelerate config`")
+        if vars(args).get(name) or name == args.optimizer:
+            refuse(f"{name} does not work under FSDP2: leave it out, or choose DDP in `accelerate config`")
     utils.disable_fsdp_ram_efficient_loading()  # transformers would read the encoders on one process alone
     plugin.cpu_ram_efficient_loading = False
     policy = plugin.mixed_precision_policy
@@ -2136,20 +2086,26 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SI
 
 
 def catch_signals(cleanup):
-    """A list that signals put their number into, unless they are ignored (nohup); a second one ends the process."""
+    """A list that signals put their number into; a second one ends the process.
+
+    Those that are ignored (nohup) stay so, but for SIGUSR1: a launcher that it would end is started with it ignored.
+    """
     caught = []
+    times = []
 
     def catch(number, frame):
-        if caught:
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 2:  # where all processes get a signal, launchers pass it on to them once more
             os._exit(128 + number)
+        if not caught:
+            name = signal.Signals(number).name
+            print(f"\n{name}: the run saves what it has trained and ends; a second ends it at once", file=sys.stderr)
         caught.append(number)
-        name = signal.Signals(number).name
-        print(f"\n{name}: the run saves what it has trained and ends; a second ends it at once", file=sys.stderr)
 
     with contextlib.suppress(ValueError):  # outside the main thread Python cannot catch signals
         for number in SIGNALS:
             before = signal.getsignal(number)
-            if before != signal.SIG_IGN:
+            if before != signal.SIG_IGN or number.name == "SIGUSR1":
                 signal.signal(number, catch)
                 cleanup.callback(signal.signal, number, before)
     return caught
@@ -2191,6 +2147,7 @@ def encode_once(args, parts, accelerator, targets, dataset, held_out):
     embed.fill(parts, prompts)
     vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
     vae.enable_slicing()  # image by image: 2.5 GiB at 1024 px, whatever the batch
+    args.cache_latents |= bool(dataset) and dataset.has_fixed_crops()  # the same latents, for less
     if args.cache_latents and dataset:
         cache_moments(dataset, vae, accelerator, "latents")
     if held_out:
@@ -2222,11 +2179,10 @@ def make_loader(args, accelerator, dataset):
 
 def checkpoint_activations(model):
     """Turns gradient checkpointing on, by the name that the library and its version give it."""
-    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
-    for name in names:
-        if hasattr(model, name):
-            getattr(model, name)()
-            return
+    if hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing()
+    else:
+        model.gradient_checkpointing_enable()
 
 
 def hand_out(accelerator, model, weights):
@@ -2271,7 +2227,7 @@ def read_update(args, accelerator, seen, norm):
     row = [*(kind.mean() for kind in kinds), torch.as_tensor(norm).to(losses)]
     rows = accelerator.gather(torch.stack(row)[None])
     *losses, norm = rows.mean(dim=0).tolist()  # here the host waits for the device, once an update
-    figures = {"loss": np.dot(losses, list(weights.values())), "grad_norm": norm}
+    figures = {"loss": float(np.dot(losses, list(weights.values()))), "grad_norm": norm}
     if losses[1:]:
         figures |= zip(weights, losses, strict=True)
     return figures
@@ -2334,8 +2290,8 @@ def log_update(accelerator, optimizer, figures, state):
     state.memory_gb = peak_memory_gb(accelerator.device)
     state.losses.append(figures["loss"])
     average = float(np.ma.masked_invalid(state.losses[-100:]).mean())
-    figures |= {"loss_average": average, "seconds_per_update": seconds, "memory_gb": state.memory_gb}
-    log_figures(accelerator, state, figures)
+    figures["loss_average"] = average
+    log_figures(accelerator, state, figures | {"seconds_per_update": seconds, "memory_gb": state.memory_gb})
     shown = {"loss": figures["loss"], "average": average, "lr": figures["lr"], "seconds": seconds}
     state.bar.set_postfix(shown, gb=state.memory_gb, refresh=False)
     state.bar.update()
@@ -2344,9 +2300,10 @@ def log_update(accelerator, optimizer, figures, state):
 def save_result(args, accelerator, trained, state, parts):
     """Writes the final weights, then a manifest. Where it cannot, it tries every minute until a signal comes."""
     while not state.finished:
+        states = read_states(accelerator, trained.models)
         failed = []
-        with attempt(failed, f"writing the result to {args.output_dir}, which is tried again every minute,"):
-            save_weights(args, accelerator, trained.models, args.output_dir, parts)
+        with attempt(failed, f"writing the result to {args.output_dir} (tried every minute until a signal)"):
+            save_weights(args, accelerator, trained.models, states, args.output_dir, parts)
             if accelerator.is_main_process:
                 write_manifest(args, state, args.output_dir, RESULT["files"])
         state.finished = not utils.gather_object(failed)
@@ -2371,20 +2328,36 @@ def report_end(args, accelerator, state, stop):
     reasons = []
     if state.failed:
         reasons.append(f"{', '.join(state.failed)} failed")
-    if state.step < state.total:
-        reasons.append(f"{state.step} of {state.total} updates were made")
     if len(state.skipped) * 10 > state.total:
         reasons.append(f"{len(state.skipped)} of {state.total} updates were skipped, not being finite: lower the rate")
     if stop:
         name = signal.Signals(stop).name
         way = "makes what is missing" if state.finished else "goes on"
         reasons.append(f"{name} came at update {state.step}: --resume_from_checkpoint latest {way}")
+    elif state.step < state.total:
+        reasons.append(f"{state.step} of {state.total} updates were made")
     if reasons:
         if accelerator.is_main_process:
             print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
         sys.exit(128 + stop if stop else 1)
     log.info(f"The result is in {args.output_dir}")
     log.info(describe_cost(state))
+
+
+MEMORY_FLAGS = (  # the most effective first
+    "gradient_checkpointing cache_latents offload full_bf16 use_8bit_adam fused_backward_pass blocks_to_swap"
+    " bnb_quantization_config_path"
+).split()
+
+
+@contextlib.contextmanager
+def name_memory_flags(args):
+    """Ends a run for which the GPU has too little memory with the flags that lower its need."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        unused = [f"--{flag}" for flag in MEMORY_FLAGS if not vars(args).get(flag, True)]
+        sys.exit(f"out of GPU memory: add {', '.join(unused)}, or lower --train_batch_size ({error})")
 
 
 def choose_seed(args, manifest):
@@ -2395,15 +2368,14 @@ def choose_seed(args, manifest):
 
 
 def draw_sheet(args, dataset):
-    """Writes dry_run.png: up to 200 instance images, cropped as in the first epoch."""
-    count = min(len(dataset.images["instance"]), 200)
-    sheet = Image.new("RGB", (10 * 192, math.ceil(count / 10) * 192), "white")
-    for number in range(count):
-        seed = derive_seed(args.seed, "instance", 0, number)
-        pixels = dataset.pixels("instance", number, dataset.size(number), seed)
-        picture = Image.fromarray(pixels[:3].permute(1, 2, 0).numpy())
-        sheet.paste(ImageOps.contain(picture, (190, 190)), (number % 10 * 192, number // 10 * 192))
-    save_image(sheet, Path(args.output_dir, "dry_run.png"))
+    """Writes dry_run.png: the first 100 instance images, cropped as in the first epoch."""
+    tiles = []
+    for index in range(min(len(dataset.sizes), 100)):
+        seed = derive_seed(args.seed, "instance", 0, index)
+        pixels = dataset.pixels("instance", index, dataset.size(index), seed)
+        tiles.append(Image.fromarray(pixels[:3].permute(1, 2, 0).numpy()))
+    tiles += [Image.new("RGB", (1, 1))] * (-len(tiles) % 10)
+    save_image(make_image_grid(tiles, len(tiles) // 10, 10, resize=192), Path(args.output_dir, "dry_run.png"))
 
 
 def report_dry_run(args, parts, accelerator, targets, dataset):
@@ -2429,7 +2401,7 @@ def report_dry_run(args, parts, accelerator, targets, dataset):
 def main(args):
     """Runs training from start to result."""
     accelerator = start_accelerator(args)
-    with contextlib.ExitStack() as cleanup:
+    with contextlib.ExitStack() as cleanup, name_memory_flags(args):
         # The run's own folder, the base model, the layers to train, and the checkpoint to resume, if any.
         claim_folder(args, accelerator, cleanup)
         check_optimizer(args, accelerator)

@@ -77,12 +77,13 @@ CASES = {
     "LoRA 4, checkpointing, T5, image": (LORA, MEDIUM, f"--gradient_checkpointing {IMAGE}", {}),
     "LoRA 128 b3, plain": (LORA, MEDIUM, f"{CACHED} {B3}", {"published": (0.529, 34.6)}),
     "LoRA 128 b3, checkpointing": (LORA, MEDIUM, f"{CHECKPOINTING} {B3}", {"published": (0.721, 7.67)}),
-    "LoRA 4, blocks in RAM": (LORA, MEDIUM, f"{CHECKPOINTING} --blocks_to_swap 24", {}),
-    "full, bf16 weights, fused, 8 bit": (FULL, MEDIUM, f"{CHECKPOINTING} {SMALL} --use_8bit_adam", {}),
-    "LoRA 128 b3, cuDNN attention": (LORA, MEDIUM, f"{CACHED} {B3}", {"change": "cudnn"}),
-    "LoRA 128 b3, checkpointing, attention kept": (LORA, MEDIUM, f"{CHECKPOINTING} {B3}", {"change": "keep"}),
     "LoRA 4, checkpointing": (LORA, MEDIUM, CHECKPOINTING, {}),
+    "LoRA 4, blocks in RAM": (LORA, MEDIUM, f"{CHECKPOINTING} --blocks_to_swap 24", {}),
     "LoRA 4, checkpointing, attention kept": (LORA, MEDIUM, CHECKPOINTING, {"change": "keep"}),
+    "LoRA 128 b3, checkpointing, attention kept": (LORA, MEDIUM, f"{CHECKPOINTING} {B3}", {"change": "keep"}),
+    "LoRA 4, checkpointing, no figures read": (LORA, MEDIUM, CHECKPOINTING, {"change": "unread"}),
+    "LoRA 128 b3, plain, no figures read": (LORA, MEDIUM, f"{CACHED} {B3}", {"change": "unread"}),
+    "full, bf16 weights, fused, 8 bit": (FULL, MEDIUM, f"{CHECKPOINTING} {SMALL} --use_8bit_adam", {}),
     "LoRA 4, offload, image": (LORA, MEDIUM, f"--cache_latents --gradient_checkpointing --offload {IMAGE}", {}),
     "Large LoRA 4, blocks in RAM, image": (
         LORA,
@@ -90,15 +91,16 @@ CASES = {
         f"{CHECKPOINTING} --blocks_to_swap 38 --offload {IMAGE}",
         {"updates": 4, "limit": 75},
     ),
-    "LoRA 128 b3, regional compile": (LORA, MEDIUM, f"{CACHED} {B3}", COMPILE),
     "full, fused, 8 bit": (FULL, MEDIUM, f"{CHECKPOINTING} {FUSED} --use_8bit_adam", {}),
     "Large LoRA 4, checkpointing": (LORA, LARGE, CHECKPOINTING, {}),
+    "LoRA 128 b3, regional compile": (LORA, MEDIUM, f"{CACHED} {B3}", COMPILE),
+    "LoRA 4, compile, checkpointing": (LORA, MEDIUM, CHECKPOINTING, COMPILE),
     "LoRA 4, plain": (LORA, MEDIUM, CACHED, {}),
     "LoRA 4, 512 px, checkpointing": (LORA, MEDIUM, CHECKPOINTING, {"resolution": 512}),
     "full, fused": (FULL, MEDIUM, f"{CHECKPOINTING} {FUSED}", {}),
     "full": (FULL, MEDIUM, CHECKPOINTING, {}),
     "LoRA 128 b3, compile, budget 0.5": (LORA, MEDIUM, f"{CACHED} {B3}", COMPILE | {"change": "budget"}),
-    "LoRA 128 b3, compile, checkpointing": (LORA, MEDIUM, f"{CHECKPOINTING} {B3}", COMPILE),
+    "LoRA 128 b3, cuDNN attention": (LORA, MEDIUM, f"{CACHED} {B3}", {"change": "cudnn"}),
 }
 # GiB by stage, as `fits.py` counts them.
 COUNTED = {}
@@ -107,6 +109,7 @@ COUNTED = {}
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--from_case", type=int, default=0, help="Leave out so many of the first.")
     parser.add_argument("--size", choices=SIZES, help="A model in place of those of the cases.")
     parser.add_argument("--resolution", type=int, help="In place of those of the cases.")
     parser.add_argument("--minutes", type=float, default=8, help="When no further case is begun.")
@@ -254,6 +257,12 @@ def keep_attention(model):
     model.enable_gradient_checkpointing(function)
 
 
+def read_nothing(args, accelerator, seen, norm):
+    """In place of what has the host wait for the device in every update."""
+    seen.clear()
+    return {"loss": 0.0, "grad_norm": 0.0}
+
+
 def changes(script, name):
     """What a case changes in torch or in the script, as a context."""
     if name == "cudnn":
@@ -261,6 +270,8 @@ def changes(script, name):
         return sdpa_kernel([*order, SDPBackend.MATH], set_priority=True)
     if name == "budget":
         torch._functorch.config.activation_memory_budget = 0.5
+    if name == "unread":
+        script.read_update = read_nothing
     if name == "keep":
         script.checkpoint_activations = keep_attention
     return contextlib.nullcontext()
@@ -281,12 +292,14 @@ def run(kind, size, argv, options):
 
     def log(*rest):
         log_update(*rest)
-        if torch.cuda.is_available():
+        made = len(stages.updates) + 1
+        last = made == WARM_UP + options["updates"]
+        if torch.cuda.is_available() and (made == WARM_UP or last):
             torch.cuda.synchronize()
         stages.updates.append(time.perf_counter())
-        if len(stages.updates) == 1:
+        if made == 1:
             stages.enter("updates")
-        if len(stages.updates) == WARM_UP + options["updates"]:
+        if last:
             stages.enter("end")
 
     script.load_part, script.log_update = make_part, log
@@ -321,11 +334,16 @@ def apart(function, folder, seconds, method, meanwhile=lambda: None):
     """What a function gives in a process of its own, or {"error": why it gave nothing}, after `seconds` at most."""
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / "result.json", folder / "log.txt"
-    start = time.monotonic()
-    process = multiprocessing.get_context(method).Process(target=work_apart, args=(function, path, log))
-    process.start()
-    meanwhile()
-    process.join(seconds - time.monotonic() + start)
+    end = time.monotonic() + seconds
+    for _ in range(3):
+        process = multiprocessing.get_context(method).Process(target=work_apart, args=(function, path, log))
+        process.start()
+        meanwhile()
+        process.join(20 if method == "spawn" else 5)
+        if log.is_file():
+            break
+        process.kill()  # a forked process can hang before it begins
+    process.join(max(end - time.monotonic(), 0))
     if process.is_alive():
         process.kill()
         process.join()
@@ -415,7 +433,7 @@ def main(args):
     head = f"{json.dumps(facts)}\n\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}"
     Path(args.output, "gpu.md").write_text(head + "\n")
     print(head, flush=True)
-    for number, case in enumerate(args.cases):
+    for number, case in enumerate(args.cases[args.from_case :], args.from_case):
         left = end - time.monotonic()
         if left < 10:
             print(f"no time is left for {args.cases[number:]}", flush=True)
@@ -428,7 +446,7 @@ def main(args):
         found = apart(job, folder, seconds, method, functools.partial(operations_of, case, args))
         for name in options["environment"]:
             del os.environ[name]
-        if found.keys() & {"error", "ended by"}:
+        if found.keys() & {"error", "ended by"} and (folder / "log.txt").is_file():
             tail = (folder / "log.txt").read_text(errors="replace")[-6000:]
             with Path(args.output, "errors.txt").open("a") as file:
                 file.write(f"==== {case}\n{tail}\n")

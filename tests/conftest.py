@@ -42,7 +42,7 @@ from ranks import draw_fast
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 # Runs the LoRA script with each list of flags of a JSON list. Prints exit codes but 0, and ==== on stderr after each.
 SEVERAL = f"""
 import json, sys
@@ -183,7 +183,10 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def argv(checkpoints, pictures, tmp_path):
-    """Gives the arguments of a short run, with changes: None and False leave a flag out, True is a bare flag."""
+    """Gives the arguments of a short run, with changes.
+
+    None and False leave a flag out, True is a bare flag, a list is several words.
+    """
 
     def argv(**changes):
         flags = {
@@ -204,6 +207,8 @@ def argv(checkpoints, pictures, tmp_path):
         for name, value in flags.items():
             if value is True:
                 words.append(f"--{name}")
+            elif isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
             elif value is not None and value is not False:
                 words += [f"--{name}", str(value)]
         return words

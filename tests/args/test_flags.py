@@ -11,7 +11,11 @@ from conftest import ROOT, SCRIPTS
 ROWS = json.loads((ROOT / "tests/support/flags.json").read_text())
 MOVED = {"--cache_latents": "training"}  # it is no output
 RELAXED = {"--instance_prompt"}  # the table requires it; here captions can stand in for it
-VALUES = {"--precondition_outputs": ("0", 0), "--optimizer": ("AdamW", "adamw")}
+VALUES = {
+    "--precondition_outputs": ("0", 0),
+    "--optimizer": ("AdamW", "adamw"),
+    "--validation_prompt": ("a dog", ["a dog"]),
+}
 VALUES |= {"int": ("16", 16), "float": ("0.25", 0.25), "switch": (None, True), "bool": ("false", False)}
 BOOL_WORDS = {None: True, "true": True, "True": True, "false": False, "FALSE": False}
 MINIMUM = ["--pretrained_model_name_or_path", "model", "--instance_prompt", "a dog", "--instance_data_dir", "folder"]
@@ -124,7 +128,7 @@ def test_help_is_one_sentence_a_flag_under_the_table_s_group(script, kind):
         assert words.endswith("."), action.option_strings
         assert words.count(". ") == 0, action.option_strings
         assert "default" not in words.lower(), f"{action.option_strings}: the formatter prints the default"
-        assert not action.nargs or action.nargs in (0, "?"), action.option_strings
+        assert not action.nargs or action.nargs in (0, "?", "+"), action.option_strings
     text = " ".join(parser.format_help().split())
     assert script.__doc__.splitlines()[0] in text
     for default in ("(default: 512)", "(default: logit_normal)", "(default: tensorboard)"):

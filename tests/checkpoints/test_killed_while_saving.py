@@ -4,6 +4,7 @@ import builtins
 import functools
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -165,13 +166,19 @@ def test_a_full_disk_of_the_system(lora, argv, tmpfs, tmp_path):
     assert lora.read_manifest(out / "checkpoint-1")["step"] == 1
 
 
-def test_an_error_of_saving_is_raised_as_it_is(lora, argv, monkeypatch, tmp_path):
-    """And leaves no half checkpoint."""
-
-    def save(*args, **kwargs):
-        raise RuntimeError("a tensor went astray")
-
-    monkeypatch.setattr(torch, "save", save)
-    with isolated(), pytest.raises(RuntimeError, match="a tensor went astray"):
-        lora.main(lora.parse_args(argv(**FLAGS)))
+def test_a_checkpoint_that_cannot_be_saved_is_named_and_costs_no_weights(
+    lora, argv, run, monkeypatch, capsys, tmp_path
+):
+    """Nor is half a one left. The room on the disk is said, because torch's errors do not name it."""
+    weights = read_files(run(lora, max_train_steps=2, output_dir=tmp_path / "plain"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *inputs: 1 / 0)
+        with isolated(), pytest.raises(SystemExit) as end:
+            lora.main(lora.parse_args(argv(**FLAGS | {"checkpointing_steps": 2})))
+    assert end.value.code == 1
     assert [path.name for path in (tmp_path / "out").glob("*checkpoint-*")] == []
+    assert read_files(tmp_path / "out") == weights
+    said = r"\(\d+\.\d{3} GB were free\) failed"
+    assert re.search(
+        rf"saved in {tmp_path / 'out'}, but saving {tmp_path / 'out/checkpoint-2'} {said}$", capsys.readouterr().err
+    )

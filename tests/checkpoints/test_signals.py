@@ -14,7 +14,7 @@ from conftest import SCRIPTS, in_child, isolated
 from diffusers import FlowMatchEulerDiscreteScheduler
 from ranks import read_files, tell, watch_updates
 
-NUMBERS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138}
+NUMBERS = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 138}
 WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
 
 
@@ -33,7 +33,7 @@ def test_stops_at_the_update_and_goes_on(script, argv, run, monkeypatch, capsys,
         tell(patch, script, "flow_losses", 2, getattr(signal, name))
         stopped = stop(script, argv, NUMBERS[name], **flags)
     lines = capsys.readouterr().err.splitlines()
-    assert f"{name}: the run saves a checkpoint and ends; a second signal ends it at once" in lines
+    assert f"{name}: the run saves what it has trained and ends; a second ends it at once" in lines
     way = f"{name} came at update 2: --resume_from_checkpoint latest goes on"
     assert lines[-1] == f"what was trained is saved in {folder}, but {way}"
     assert [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-2"]
@@ -72,17 +72,32 @@ def test_stops_between_two_images(script, kind, argv, monkeypatch, tmp_path, whe
         assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-3"]
 
 
-def test_a_second_signal_ends_at_once(script):
-    """In a process of its own, for it ends without a word to anyone."""
+def test_a_second_signal_ends_at_once(script, monkeypatch):
+    """But not the one that a launcher passes on where all processes have got it. In a process that says no word."""
 
     def be_told_twice():
         with contextlib.ExitStack() as cleanup:
             caught = script.catch_signals(cleanup)
-            os.kill(os.getpid(), signal.SIGUSR1)
-            if caught == [signal.SIGUSR1]:
+            for seconds in (100.0, 101.0, 103.0):
+                monkeypatch.setattr(script.time, "monotonic", lambda seconds=seconds: seconds)
                 os.kill(os.getpid(), signal.SIGTERM)
+                if seconds == 101 and caught != [signal.SIGTERM, signal.SIGTERM]:
+                    return
 
     assert in_child(be_told_twice) == 143
+
+
+def test_ignored_signals_stay_so_but_for_a_launchers(script):
+    def be_told():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        with contextlib.ExitStack() as cleanup:
+            caught = script.catch_signals(cleanup)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert caught == [signal.SIGUSR1]
+
+    assert in_child(be_told) == 0
 
 
 @pytest.mark.slow
@@ -97,7 +112,7 @@ def test_loader_processes_leave_a_signal_to_the_group_to_the_run(argv, tmp_path)
         os.killpg(run.pid, signal.SIGTERM)
         said = run.communicate(timeout=100)[1]
     assert run.returncode == 143, said[-2000:]
-    assert said.count(": the run saves a checkpoint and ends") == 1
+    assert said.count(": the run saves what it has trained and ends") == 1
     assert "Traceback" not in said and "Exception ignored" not in said
     (checkpoint,) = (tmp_path / "out").glob("*checkpoint-*")
     way = f"SIGTERM came at update {checkpoint.name[11:]}: --resume_from_checkpoint latest goes on"

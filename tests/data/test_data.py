@@ -172,7 +172,7 @@ def test_caption_dropout(script, read, monkeypatch, run, pictures):
 def test_held_out_loss_is_a_curve_without_noise(script, run, pictures, monkeypatch):
     """Weights that stand still have the same loss each time; that of the updates jumps."""
     rows = []
-    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: rows.append(dict(values)))
+    monkeypatch.setattr(script, "log_figures", lambda accelerator, state, figures: rows.append(dict(figures)))
     flags = {"validation_data_dir": pictures(2, seed=7), "validation_epochs": 1, "num_train_epochs": 3}
     out = run(script, **flags, max_train_steps=None, learning_rate=0)
     held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 CLIPPING = 0.5
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def environment():
@@ -88,11 +89,22 @@ def weights(folder):
 
 
 def test_the_model_is_split(home, kind):
-    """And what is split lies in two parts in a checkpoint."""
+    """And what is split lies in two parts in a checkpoint, the weights in one file alone."""
     for rank in (0, 1):
         record = torch.load(home / f"{kind}-2.record.{rank}", weights_only=False)
         assert (record["processes"], record["engine"]) == (2, "FSDP")
-        assert list(home.glob(f"{kind}-2/checkpoint-2/*/__{rank}_0.distcp"))
+    folder = home / f"{kind}-2/checkpoint-2"
+    weights = {"lora": {"pytorch_lora_weights.safetensors"}, "full": {"config.json", WEIGHTS}}[kind]
+    parts = {f"{name}_{rank}.bin" for name in ("optimizer", "scheduler") for rank in (0, 1)}
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == weights | parts | {"dreambooth.json"}
+    trained = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    sizes = [Path(folder, f"optimizer_{rank}.bin").stat().st_size for rank in (0, 1)]
+    assert sum(sizes) < 2.2 * trained + 400 * 1024  # two moments; what names the tensors of a tiny model is not small
+
+
+def test_one_process_alone_reads_the_model_that_is_split(home, kind):
+    names = [torch.load(home / f"{kind}-2.record.{rank}", weights_only=False)["load_part"] for rank in (0, 1)]
+    assert ["transformer" in loaded for loaded in names] == [True, False]
 
 
 def test_the_losses_and_the_final_files_are_those_of_one_process(alone, home, kind):

@@ -1,6 +1,9 @@
 """What the benchmarks count."""
 
+import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +68,39 @@ def test_stages_of_a_run():
     assert [stage[0] for stage in stages] == ["start", "Caching latents", "Training", "Saving"]
     assert caching[3] > start[3] + (60 << 20) and training[3] < caching[3] - (30 << 20)
     assert 0.3 <= wall < 3 and worked < wall  # it sleeps
+
+
+PROGRAM = """
+import contextlib, sys
+sys.path.insert(0, "benchmarks")
+import fits
+setting = "tiny", 64, 2, sys.argv[1], True
+fake, real = fits.count_training(*setting)[:4], fits.count_training(*setting, mode=contextlib.nullcontext)[:4]
+assert fake == real, (fake, real)
+"""
+
+
+@pytest.mark.parametrize("way", ["LoRA 4", "all"])
+def test_bytes_of_fake_tensors_are_those_of_real_ones(way):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, way], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_what_fits_on_a_card(tmp_path):
+    """Five numbers of the table, GiB: LoRA of SD3.5 Medium at 1024 px with gradient checkpointing."""
+    words = [
+        "--sizes",
+        "sd3.5-medium",
+        "--resolutions",
+        "1024",
+        "--batches",
+        "1",
+        "--ways",
+        "LoRA 4, all blocks in RAM",
+    ]
+    command = [sys.executable, "benchmarks/fits.py", *words, "--json", tmp_path / "rows"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    _, need = json.loads(Path(tmp_path, "rows").read_text())
+    found = [need[name] for name in ("text", "latents", "update", "drawing_offloaded", "work")]
+    assert found == pytest.approx([8.88, 3.37, 0.97, 5.4, 38.0], rel=0.02)

@@ -1,6 +1,7 @@
 """The adapters' file: one for every loader, which applies them as they were trained; and which layers are in it."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,11 @@ def adapted_layers(models):
     }
 
 
+def read_header(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
 @pytest.fixture
 def train(lora, run, monkeypatch):
     """Trains adapters and returns output_dir and the trained models' answers."""
@@ -95,9 +101,9 @@ def train(lora, run, monkeypatch):
     def train(**flags):
         found, save_weights = [], lora.save_weights
 
-        def save(args, accelerator, trained, folder, parts=None):
+        def save(args, accelerator, trained, *others):
             found.append(answers({name: model.eval() for name, model in trained.items()}))
-            save_weights(args, accelerator, trained, folder, parts)
+            save_weights(args, accelerator, trained, *others)
 
         monkeypatch.setattr(lora, "save_weights", save)
         return run(lora, learning_rate=0.1, text_encoder_lr=0.1, **flags), found[-1]
@@ -120,8 +126,7 @@ def test_applied_as_trained(method, train, checkpoints):
         else:
             torch.testing.assert_close(got, wanted)
 
-    with safe_open(output / WEIGHTS, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+    assert not {"lora_adapter_metadata", "ss_network_alpha"} & read_header(output / WEIGHTS).keys()  # the scale is 1
     if "use_dora" in flags:  # whose magnitudes ComfyUI knows by another name
         return
     layers, unknown = read_as_comfyui(output / WEIGHTS)
@@ -209,3 +214,46 @@ def test_resuming_at_another_scale_is_refused(lora, run, capsys):
     with pytest.raises(SystemExit):
         run(lora, resume_from_checkpoint="latest", lora_alpha=8)
     assert "was trained with lora_alpha None, not 8.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("norm", "second", "version"),
+    [(None, (), "3-medium"), ("rms_norm", tuple(range(13)), "3.5-medium"), ("rms_norm", (), "3.5-large")],
+)
+def test_other_programs_know_the_base_by_the_header(norm, second, version, lora, argv):
+    """SwarmUI knows an SD3.5 Medium LoRA by its modelspec.architecture alone."""
+    args = lora.parse_args(argv(rank=16, instance_prompt=None))
+    config = SimpleNamespace(qk_norm=norm, dual_attention_layers=second)
+    assert lora.describe_adapters(args, config) == {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"stable-diffusion-v{version}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "SD3 DreamBooth LoRA ",
+        "modelspec.trigger_phrase": "",
+        "ss_network_dim": "16",
+    }
+
+
+def test_equal_runs_give_equal_files(lora, run, checkpoints, tmp_path):
+    """Also in other folders: the header has no date, no path, and its entries in one order."""
+    flags = {"pretrained_model_name_or_path": checkpoints(sd35=True), "instance_prompt": 'un chien "sks" 雪\n🐕'}
+    files = [run(lora, max_train_steps=1, output_dir=tmp_path / name, **flags) / WEIGHTS for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    header = read_header(files[0])
+    assert header["modelspec.architecture"] == "stable-diffusion-v3.5-medium/lora"
+    assert header["modelspec.trigger_phrase"] == flags["instance_prompt"]
+
+
+@pytest.mark.parametrize("words", range(9))
+def test_the_tensors_stay_as_they_were(words, lora, tmp_path):
+    """With a header of any length, in any precision, and aligned to eight bytes."""
+    weights = {
+        f"lora {dtype}": torch.randn(3, 5).to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    }
+    lora.save_with_header({"format": "pt", "modelspec.title": "x" * words}, weights, tmp_path / "file.safetensors")
+    assert read_header(tmp_path / "file.safetensors")["modelspec.title"] == "x" * words
+    assert int.from_bytes((tmp_path / "file.safetensors").read_bytes()[:8], "little") % 8 == 0
+    read = load_file(tmp_path / "file.safetensors")
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], weights[name]) for name in weights)

@@ -29,7 +29,7 @@ def write(script, argv, tmp_path):
             PartialState(cpu=True)  # for what is logged
             args = script.parse_args(argv(output_dir=out, **flags))
             parts = script.read_pipeline(args)
-            script.write_card(args, parts, "user/dog", SimpleNamespace(step=7), [out / name for name in images])
+            script.write_card(args, parts, "user/dog", script.Progress({}, [], 7, 7), [out / name for name in images])
         return out / "README.md"
 
     return write
@@ -139,3 +139,10 @@ def test_the_token_is_in_nothing_that_is_kept(script, argv):
     kept = script.describe_run(args, SimpleNamespace(num_processes=1), dataset)
     assert token not in repr(kept)
     assert vars(args).keys() - kept.keys() == {"hub_token"}
+
+
+def test_a_card_does_not_publish_where_the_run_wrote(script, run, tmp_path):
+    out = run(script, max_train_steps=1, output_dir=tmp_path / "dog-of-mine")
+    text = (out / "README.md").read_text()
+    assert str(tmp_path) not in text
+    assert " - dog-of-mine\n" in text

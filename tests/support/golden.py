@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import tiny_sd3
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -78,14 +77,14 @@ def run(kind, setting):
     """The loss of each update of a run in the working directory."""
     script, losses = conftest.load_script(kind), []
 
-    def note(accelerator, values, **kwargs):
-        losses.extend([values["loss"]] if "loss" in values else [])
+    def note(accelerator, state, figures):
+        losses.extend([figures["loss"]] if "loss" in figures else [])
 
     words = []
     for name, value in (COMMON | setting).items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     with conftest.isolated(), pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Accelerator, "log", note)
+        monkeypatch.setattr(script, "log_figures", note)
         script.main(script.parse_args(words))
     return losses
 

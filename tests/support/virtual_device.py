@@ -370,7 +370,8 @@ def replace_in_cuda():
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # bitsandbytes wants it as it is imported
     cuda._lazy_init, cuda._initialized = lambda: None, True
     cuda.device = type("device", (contextlib.nullcontext,), {})
-    cuda.Stream = type("Stream", (), {"__init__": lambda self, device=None: None, "wait_stream": lambda *_: None})
+    methods = dict.fromkeys(("__init__", "wait_stream", "wait_event", "record_event"), lambda *_: None)
+    cuda.Stream, cuda.Event = type("Stream", (), methods), type("Event", (), {})
     cuda.current_stream, cuda.stream = cuda.Stream, contextlib.nullcontext
     cuda.mem_get_info = lambda device=None: (free_bytes[0], 2**34)
     cuda.default_generators, cuda.initial_seed = (generator,), generator.initial_seed
@@ -426,8 +427,8 @@ def try_out():
 def serve():
     """Runs a script for each line of standard input, and answers with a line, both JSON; the first answer is "ready".
 
-    A line is [free bytes, path, flags]. The answer has "error", empty or a traceback, and "waits": how often the host had waited
-    for the device, after each step of the optimizer.
+    A line is [free bytes, path, flags]. The answer has "error", empty or a traceback, and "waits": how often the host
+    had waited for the device, after each step of the optimizer.
     """
     answers, sys.stdout = sys.stdout, sys.stderr
     try:

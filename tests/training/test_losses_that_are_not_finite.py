@@ -33,10 +33,14 @@ def poison(script, monkeypatch):
 
 
 @pytest.fixture
-def rows(monkeypatch):
+def rows(script, monkeypatch):
     """What trackers get, with the update's number."""
     rows = []
-    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: rows.append({"step": step, **values}))
+
+    def note(accelerator, state, figures):
+        rows.append({"step": state.step, **figures})
+
+    monkeypatch.setattr(script, "log_figures", note)
     return rows
 
 

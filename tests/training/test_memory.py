@@ -1,8 +1,12 @@
 """What is in memory at each stage: one text encoder at a time, then the VAE, then the transformer; nothing twice."""
 
 import weakref
+from pathlib import Path
 
 import pytest
+import torch
+from accelerate import utils
+from accelerate.utils import AutocastKwargs
 from conftest import isolated
 from diffusers import AutoencoderKL
 
@@ -44,10 +48,6 @@ def test_stages(script, kind, run, loads, pictures, tmp_path, case):
         (tmp_path / path.name).with_suffix(".txt").write_text(f"a dog called {path.stem}")
     run(script, max_train_steps=1, output_dir=tmp_path / "out", **flags)
     expected = [(name, {}) for name in MODELS[:4] if name != "text_encoder_3" or "no_t5" not in flags]
-    if kind == "full":  # the parts that are not trained go to the result while there is memory for them
-        result, loads = loads[len(expected) : -1], [*loads[: len(expected)], loads[-1]]
-        assert sorted(name for name, _, _ in result) == sorted(name for name, _ in expected)
-        assert all(there == {"vae": "cpu"} for _, there, _ in result)
     assert [(name, there) for name, there, _ in loads] == [*expected, ("transformer", {"vae": "cpu"})]
     frozen = "bfloat16" if "mixed_precision" in flags else "float32"
     trained = frozen if kind == "lora" else "float32"  # the base of adapters is frozen
@@ -76,3 +76,66 @@ def test_a_gradient_is_held_once_by_several_processes(script, argv):
     with isolated():
         handler = script.start_accelerator(script.parse_args(argv())).ddp_handler
     assert handler.gradient_as_bucket_view and not handler.broadcast_buffers
+
+
+BF16 = {"mixed_precision": "bf16", "max_train_steps": 3}
+BUCKETS = {"resolution": 48, "aspect_ratio_buckets": "48,48;32,48"}  # three patches high, and two
+
+
+def weights_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("**/*.safetensors"))}
+
+
+@pytest.mark.parametrize(
+    ("flags", "change"),
+    [
+        pytest.param(BF16, "autocast's copies", id="autocast keeps no copies"),
+        pytest.param(BUCKETS | {"size": (96, 64)}, "cut_positions", id="positions are cut"),
+        pytest.param({"resolution": 64, "size": (80, 80)}, "has_fixed_crops", id="latents are cached unasked"),
+        pytest.param({"resolution": 48, "center_crop": True}, "has_fixed_crops", id="and of the middle"),
+    ],
+)
+def test_what_saves_memory_changes_no_bit(script, kind, run, pictures, monkeypatch, tmp_path, flags, change):
+    if change == "cut_positions" and kind == "full":
+        pytest.skip("full training saves the whole table")
+    flags = dict(flags)
+    flags["instance_data_dir"] = pictures(2, size=flags.pop("size", (80, 64)))
+    found = run(script, **flags, output_dir=tmp_path / "found")
+    if change == "autocast's copies":
+        monkeypatch.setattr(utils, "AutocastKwargs", lambda cache_enabled: AutocastKwargs())
+    elif change == "cut_positions":
+        monkeypatch.setattr(script, change, lambda args, transformer: None)
+    else:
+        monkeypatch.setattr(script.DreamBoothDataset, change, lambda dataset: False)
+    assert weights_of(found) == weights_of(run(script, **flags, output_dir=tmp_path / "plain"))
+
+
+def test_latents_are_encoded_once_where_each_image_has_one_crop(script, run, pictures, monkeypatch, tmp_path):
+    encoded, whole = [], AutoencoderKL._encode
+    monkeypatch.setattr(AutoencoderKL, "_encode", lambda vae, pixels: encoded.append(1) or whole(vae, pixels))
+    square = {"instance_data_dir": pictures(2, size=(80, 80)), "max_train_steps": 6}
+    counts = []
+    for number, flags in enumerate((square, square | {"random_flip": True}, {"max_train_steps": 6})):
+        encoded.clear()
+        run(script, **flags, output_dir=tmp_path / str(number))
+        counts.append(len(encoded))
+    assert counts == [2, 6, 6]
+
+
+def test_out_of_memory_names_the_flags_that_lower_it(script, kind, run, monkeypatch, capsys):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(script, "flow_losses", fail)
+    with pytest.raises(SystemExit) as end:
+        run(script, gradient_checkpointing=True)
+    own = {"full": "--use_8bit_adam, --fused_backward_pass", "lora": "--blocks_to_swap"}[kind]
+    assert str(end.value.code).startswith("out of GPU memory: add --cache_latents, --offload, ")
+    assert own in end.value.code and "Tried to allocate 2.00 GiB" in end.value.code
+
+
+def test_blocks_in_ram_are_refused_where_they_cannot_be(lora, argv, capsys):
+    with isolated(), pytest.raises(SystemExit) as end:
+        lora.main(lora.parse_args(argv(blocks_to_swap=2, gradient_checkpointing=True)))
+    assert end.value.code == 2
+    assert "--blocks_to_swap needs an NVIDIA GPU" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What people fine-tune SD3 with elsewhere: shift, preservation without class images, a start from another LoRA."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from conftest import SCRIPTS, isolated
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from ranks import watch_updates
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 KEPT = {"output_preservation_weight": 1.0, "class_prompt": "a photo of a dog"}
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -89,6 +90,15 @@ def test_the_final_images_can_be_left_out(script, run):
 
 
 # ---- Preservation ---------------------------------------------------------------------------------------------------
+
+
+def test_what_preservation_adds_is_logged_apart(lora, run):
+    """So that its weight can be chosen: the loss is the images' and, weighed, that of the class prompt."""
+    with watch_updates(lora) as updates:
+        run(lora, **KEPT | {"output_preservation_weight": 3.0}, learning_rate=1e-2, max_train_steps=3)
+    assert updates[0]["preservation_loss"] == 0 < updates[2]["preservation_loss"]
+    for update in updates:
+        assert update["loss"] == pytest.approx(update["instance_loss"] + 3 * update["preservation_loss"], rel=1e-6)
 
 
 def test_preservation_starts_from_nothing_to_preserve(lora, run, tmp_path):
@@ -190,6 +200,7 @@ def other(lora, checkpoints, pictures, tmp_path_factory):
     arguments = ["--pretrained_model_name_or_path", checkpoints(), "--instance_data_dir", pictures()]
     arguments += ["--instance_prompt", "a dog", "--resolution", 32, "--max_train_steps", 2, "--lr_warmup_steps", 0]
     arguments += ["--learning_rate", 1e-2, "--lora_alpha", 8, "--seed", 1, "--report_to", "none"]
+    arguments += ["--checkpointing_steps", 2]
     with isolated():
         lora.main(lora.parse_args([*map(str, arguments), "--output_dir", str(folder)]))
     return folder
@@ -213,21 +224,61 @@ def test_what_is_saved_is_one_whole_adapter(lora, run, other):
     assert any(not torch.equal(given[name], saved[name]) for name in given)
 
 
-@pytest.mark.parametrize(
-    "flags", [{"rank": 8}, {"lora_blocks": "0"}, {"lora_layers": "attn.to_q"}, {"init_lora": "nothing"}]
-)
+def with_header(lora, source, target):
+    """A copy of adapters as diffusers' own scripts write them: the raw weights, and their scale of 2 in the header."""
+    weights = {key: weight / 2 if "lora_B" in key else weight for key, weight in load_file(source / WEIGHTS).items()}
+    fields = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.use_rslora": False}
+    target.mkdir()
+    save_file(weights, target / WEIGHTS, {"format": "pt", "lora_adapter_metadata": json.dumps(fields)})
+    return target
+
+
+@pytest.mark.parametrize("alpha", [None, 16])
+@pytest.mark.parametrize("source", ["header", "checkpoint", "checkpoint's file"])
+def test_adapters_start_at_the_strength_that_they_had(lora, run, other, tmp_path, source, alpha):
+    """That a header names, or that the run of a checkpoint had; and not at this run's."""
+    path = with_header(lora, other, tmp_path / "header") if source == "header" else other / "checkpoint-2"
+    path = path / WEIGHTS if "file" in source else path
+    folder = run(lora, init_lora=path, learning_rate=0.0, lora_alpha=alpha)
+    given, saved = load_file(other / WEIGHTS), load_file(folder / WEIGHTS)
+    assert all(torch.equal(given[name], saved[name]) for name in given)
+
+
+def test_a_file_that_is_not_there_is_named_in_one_plain_line(lora, argv, capsys, tmp_path):
+    for path in (tmp_path / "nothing", tmp_path / "nothing/lora.safetensors"):
+        message = refusal(lora, argv(init_lora=path), capsys)
+        assert f"the adapters in {str(path)!r} cannot be read (FileNotFoundError: " in message
+        assert "offline" not in message
+
+
+@pytest.mark.parametrize("flags", [{"rank": 8}, {"lora_blocks": "0"}, {"lora_layers": "attn.to_q"}], ids=str)
 def test_other_adapters_are_refused_before_anything_is_encoded(lora, argv, other, capsys, flags):
     message = refusal(lora, argv(**{"init_lora": other} | flags), capsys)
     assert "Encoding" not in message
-    if "init_lora" in flags:
-        assert "the adapters in 'nothing' cannot be read" in message
-    else:
-        assert "differ, such as ('transformer_blocks." in message
+    assert "differ, such as" in message
 
 
-def test_text_encoders_it_lacks_are_refused(lora, argv, other, capsys):
+def test_text_encoders_it_lacks_are_refused_before_anything_is_encoded(lora, argv, other, capsys):
     message = refusal(lora, argv(init_lora=other, train_text_encoder=True), capsys)
+    assert "Encoding" not in message
     assert "text_encoder differ, such as" in message
+
+
+def test_text_encoders_that_are_not_trained_are_said_once(lora, run, caplog, tmp_path):
+    trained = run(lora, train_text_encoder=True, max_train_steps=1, output_dir=tmp_path / "trained")
+    run(lora, init_lora=trained, max_train_steps=1)
+    for name in ("text_encoder", "text_encoder_2"):
+        assert caplog.text.count(f"{trained / WEIGHTS}: its adapters of the {name} are not used") == 1
+
+
+def test_a_resumed_run_needs_the_source_no_more(lora, run, other, tmp_path):
+    source = shutil.copytree(other, tmp_path / "source")
+    flags = {"init_lora": source, "checkpointing_steps": 1}
+    run(lora, **flags, max_train_steps=1)
+    shutil.rmtree(source)
+    with watch_updates(lora) as updates:
+        run(lora, **flags, max_train_steps=2, resume_from_checkpoint="latest")
+    assert [update["step"] for update in updates] == [2]
 
 
 def test_a_resumed_run_takes_the_checkpoints_adapters(lora, run, other, tmp_path):

@@ -11,7 +11,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_pr
 from accelerate.utils import LoggerType
 from conftest import isolated
 
-PLAIN = {"loss", "grad_norm", "lr"}
+PLAIN = {"loss", "loss_average", "grad_norm", "lr"}
+HELD_OUT = {"validation_loss", *(f"validation_loss_{level}" for level in range(1, 9))}
 COST = {"seconds_per_update", "memory_gb"}
 FLAGS = {"max_train_steps": 3, "num_validation_images": 2, "validation_prompt": "a dog", "validation_epochs": 10}
 
@@ -82,7 +83,7 @@ def test_tensorboard_and_wandb_agree(script, run, pictures, few_steps):
     assert names == {("dogs", "first")}
     assert history.keys() == board.keys() == {1, 2, 3}
     for step, row in history.items():
-        assert row.keys() == board[step].keys() == PLAIN | COST | ({"validation_loss"} if step >= 2 else set())
+        assert row.keys() == board[step].keys() == PLAIN | COST | (HELD_OUT if step >= 2 else set())
         assert all(board[step][name] == pytest.approx(value, rel=1e-6) for name, value in row.items())
     assert config["instance_prompt"] == "a photo of sks dog"
     assert config["max_train_steps"] == 3

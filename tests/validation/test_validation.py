@@ -51,11 +51,11 @@ def events(monkeypatch):
             save_weights(*inputs, **options)
             found.append(("saved", None))
 
-        def draw(args, transformer, frozen, prompt, seeds):
+        def draw(args, transformer, frozen, prompt, seeds, **options):
             modes = [model.training for model in (*trained.values(), frozen.vae)]
             assert not any(modes) and not torch.is_grad_enabled()
             assert frozen.embed([prompt])[0].shape[1] == 77 + LENGTH
-            images = draw_images(args, transformer, frozen, prompt, seeds)
+            images = draw_images(args, transformer, frozen, prompt, seeds, **options)
             assert all(image.size == (SIZE, SIZE) for image in images)
             found.append(("draw", tuple(seeds)))
             return images
@@ -122,7 +122,10 @@ def test_validation(script, kind, run, events, train_text_encoder):
         places = [shown[top:, left:][:SIZE, :SIZE] for top in range(0, len(shown), 2) for left in range(0, 200, 2)]
         assert any(place.shape == image.shape and np.array_equal(place, image) for place in places)
     rates = {"lr"} | {f"lr_{name}" for name in ENCODERS[kind] if train_text_encoder}
-    assert set(board.Tags()["scalars"]) == {"loss", "grad_norm", "seconds_per_update", "memory_gb"} | rates
+    assert (
+        set(board.Tags()["scalars"])
+        == {"loss", "loss_average", "grad_norm", "seconds_per_update", "memory_gb"} | rates
+    )
     for tag in board.Tags()["scalars"]:
         assert [point.step for point in board.Scalars(tag)] == list(range(1, 7))
         assert all(np.isfinite(point.value) for point in board.Scalars(tag))

@@ -1,0 +1,100 @@
+"""Processes forked from this one, which has imported everything: two of them start in a tenth of a second.
+
+They are looked after as torchrun looks after its own: once one has failed, the others get SIGTERM, and SIGKILL where
+that does not end them.
+"""
+
+import gc
+import logging
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+PATIENCE = 30  # seconds between the two signals, torchrun's own
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def fsdp2_environment():
+    """What `accelerate launch --config_file configs/fsdp2.yaml` sets."""
+    section = yaml.safe_load((ROOT / "configs/fsdp2.yaml").read_text())["fsdp_config"]
+    section["fsdp_transformer_cls_to_wrap"] = section.pop("fsdp_transformer_layer_cls_to_wrap")
+    flags = {"ACCELERATE_USE_FSDP": True, "ACCELERATE_USE_CPU": False, **section}
+    return {name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in flags.items()}
+
+
+def become(rank, count, log, environment):
+    """Makes this process rank `rank` of `count`, whose output goes to `log`."""
+    os.environ.update(environment)
+    if count > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        runpy.run_path(str(ROOT / "tests/support/fsdp2_without_gpu/sitecustomize.py"))
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = open(1, "w", closefd=False, buffering=1)
+    sys.stderr = open(2, "w", closefd=False, buffering=1)
+    logging.getLogger().handlers.clear()  # pytest's
+
+
+def start(work, count, logs, **environment):
+    """Forks `count` processes that call work(); what they print goes to the file "{logs}.{rank}". Their numbers."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    gc.collect()
+    gc.freeze()  # what the libraries have made: else each collection of a run looks through it
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            become(rank, count, f"{logs}.{rank}", {"ACCELERATE_USE_CPU": "true", **meeting, **environment})
+            work()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:  # the child must not go on as a second pytest
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return children
+
+
+def watch(children, seconds=120):
+    """Waits for the processes as torchrun does. Their exit codes, which of a signal are minus its number."""
+    codes = {}
+    deadline = time.monotonic() + seconds
+    told = None
+    while len(codes) < len(children):
+        for child in set(children) - codes.keys():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        failed = any(codes.values()) or time.monotonic() > deadline
+        if failed and told is None:
+            told = time.monotonic()
+            tell(set(children) - codes.keys(), signal.SIGTERM)
+        if told and time.monotonic() > told + PATIENCE:
+            tell(set(children) - codes.keys(), signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[child] for child in children]
+
+
+def tell(children, number):
+    for child in children:
+        os.kill(child, number)
