@@ -6,7 +6,6 @@ import types
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import in_turn, isolated
 
 
