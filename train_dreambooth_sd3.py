@@ -766,7 +766,7 @@ def read_pipeline(args):
     for name, field in (("vae", "scaling_factor"), ("vae", "shift_factor"), ("scheduler", "shift")):
         with or_refuse(f"{name} of {model!r} cannot be used"):
             number = sketch_part(args, parts, name).config[field]
-            if number is None or number <= 0:
+            if number is None or (number <= 0 and field != "shift_factor"):  # the mean of the latents
                 raise ValueError(f"its {field} is {number}")
     return parts
 
