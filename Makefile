@@ -1,4 +1,4 @@
-# Each target works on a fresh machine: it makes the environment it needs.
+# Each target works on a fresh machine and makes the environment that it needs.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,17 +18,17 @@ demo: .venv/ready ## a small training run to look at
 test: .venv/ready ## all tests, on every core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
-test-oldest test-2025: test-%: .venv-%/ready ## the marked tests with the floors of requirements_sd3.txt; with those of the end of 2025
+test-oldest test-2025: test-%: .venv-%/ready ## the marked tests with the oldest versions of requirements_sd3.txt; with those of the end of 2025
 	$(call OLDEST,.venv-$*)
 
 test-newest: .venv-newest/ready ## the marked tests with the newest versions that requirements_sd3.txt allows
 	$(call OLDEST,$(<D)) -k 'not test_what_is_installed'
 
-# Where a change of the losses or of the checkpoints' format is meant.
-golden: .venv/ready ## writes the losses and checkpoints that later versions are held against
+# If losses or the format of checkpoints are meant to change.
+golden: .venv/ready ## writes the losses and checkpoints that later versions are compared with
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/support/golden.py
 
-# On the first card, or on the one that CUDA_VISIBLE_DEVICES names. cuBLAS reads its setting once, before a test asks.
+# Uses the first card, or CUDA_VISIBLE_DEVICES. cuBLAS reads its setting only once, before any test could set it.
 test-gpu: .venv/ready ## both scripts on a CUDA card against the CPU
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engines/test_gpu.py
 
@@ -38,7 +38,7 @@ check: .venv/ready ## ruff: format, lint, complexity; vulture: dead code; codesp
 	$(BIN)/vulture
 	$(BIN)/codespell
 
-format: .venv/ready ## ruff mends what it can
+format: .venv/ready ## lets ruff format the code and fix what it can
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
@@ -48,7 +48,7 @@ format: .venv/ready ## ruff mends what it can
 .venv-%/ready: constraints-%.txt requirements_sd3.txt requirements_dev.txt
 	$(environment)
 
-# Each time anew: what is newest changes. PIP_EXTRA_INDEX_URL may name an index with PyTorch for CPUs.
+# Made again each time, because the newest versions change. PIP_EXTRA_INDEX_URL can name an index with PyTorch for CPUs.
 .venv-newest/ready: requirements_sd3.txt requirements_dev.txt FORCE
 	$(environment)
 

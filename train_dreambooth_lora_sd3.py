@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
@@ -42,6 +43,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -779,7 +781,7 @@ def read_pipeline(args):
     for name, field in (("vae", "scaling_factor"), ("vae", "shift_factor"), ("scheduler", "shift")):
         with or_refuse(f"{name} of {model!r} cannot be used"):
             number = sketch_part(args, parts, name).config[field]
-            if number is None or (number <= 0 and field != "shift_factor"):
+            if number is None or (number <= 0 and field != "shift_factor"):  # the mean of the latents
                 raise ValueError(f"its {field} is {number}")
     return parts
 
@@ -848,8 +850,12 @@ def load_part(args, parts, name, checkpoint=None, **options):
                 **options,
             )
             return part.requires_grad_(False)
+        # Elsewhere the transformer would compute its table of positions: 16 s and 3.4 GB of RAM for SD3.5 Medium.
+        modern = utils.compare_versions("diffusers", ">=", "0.40.0")
+        on_meta = name == "transformer" and modern and not options.get("quantization_config")
         options |= source_of(args, name) | {"output_loading_info": True}
-        part, info = part_class.from_pretrained(model, **options)
+        with torch.device("meta") if on_meta else contextlib.nullcontext():
+            part, info = part_class.from_pretrained(model, **options)
         wrong = sum(map(list, info.values()), [])  # keys that are missing, unexpected, of another shape
         if wrong and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {wrong[0]}, {len(wrong)} in all")
@@ -1536,7 +1542,9 @@ MAY_DIFFER = (  # without a word
     " push_to_hub hub_model_id hub_private_repo validation_prompt validation_data_dir num_validation_images"
     " validation_epochs validation_num_inference_steps validation_guidance_scale skip_final_inference"
 ).split()
+LENGTH = ("max_train_steps", "num_train_epochs")  # changes the rate, unless that is constant
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")  # of the optimizer's groups: on resume the flags' win
+SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
 
 
 @dataclasses.dataclass
@@ -1616,26 +1624,25 @@ def complete_checkpoint(args, average, state, folder):
 
 
 def write_manifest(args, state, folder, patterns):
-    """Describes a checkpoint or the result, gives its files the umask's mode and flushes them to the disk."""
-    manifest = {"format": FORMAT, "step": state.step, "seed": args.seed, "run": state.facts}
-    written = Path(folder, MANIFEST)
-    written.write_text(json.dumps(manifest, indent=2))
-    for pattern in (*patterns, MANIFEST):
-        for path in filter(Path.is_file, Path(folder).glob(pattern)):
-            with contextlib.suppress(OSError):  # a file system without modes
-                path.chmod(written.stat().st_mode)
-            with path.open("rb+") as file:
-                flush(file)
-
-
-def flush(file):
-    """Writes a file to the disk: else a crash could leave the name without the contents."""
-    try:
-        os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot
-            raise
-        log.warning_once(f"{file.name} cannot be flushed to its disk, a crash may cost it: {error}")
+    """Writes what a checkpoint or the result consists of, gives it the umask's mode and flushes it to the disk."""
+    sizes = {}
+    for pattern in patterns:
+        for path in Path(folder).glob(pattern):
+            if path.is_file():
+                sizes[str(path.relative_to(folder))] = path.stat().st_size
+    manifest = {"format": FORMAT, "step": state.step, "seed": args.seed, "run": state.facts, "files": sizes}
+    path = Path(folder, MANIFEST)
+    path.write_text(json.dumps(manifest, indent=2))
+    for name in (*sizes, MANIFEST):
+        with contextlib.suppress(OSError):  # a file system without modes
+            Path(folder, name).chmod(path.stat().st_mode)
+        try:
+            with Path(folder, name).open("rb+") as file:
+                os.fsync(file.fileno())  # else a crash now could leave the name without the contents
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning_once(f"{args.output_dir} cannot be flushed to its disk, a crash may cost files: {error}")
 
 
 def remove(folder):
@@ -1671,19 +1678,20 @@ def read_manifest(folder):
     """What a checkpoint holds. Errors: ValueError that says what is wrong with it."""
     try:
         manifest = json.loads(Path(folder, MANIFEST).read_text())
-        manifest["step"], manifest["seed"], manifest["run"]["processes"]
-    except (OSError, LookupError, ValueError, TypeError) as error:
+        if manifest.get("format") != FORMAT:
+            refuse(f"{folder}: its format is {manifest.get('format')}, not {FORMAT}: use the script that wrote it")
+        for name, size in manifest["files"].items():
+            found = Path(folder, name).stat().st_size
+            if found != size:
+                raise ValueError(f"{name} has {found} bytes, not {size}")
+        manifest["step"], manifest["seed"], [manifest["run"][name] for name in SHARES]
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is no checkpoint to resume from: {error}") from error
-    if manifest.get("format") != FORMAT:
-        refuse(f"{folder}: its format is {manifest.get('format')}, not {FORMAT}: use the script that wrote it")
     return manifest
 
 
 def find_checkpoint(args):
-    """Folder and manifest of --resume_from_checkpoint, or (None, {}) where training starts anew.
-
-    The folder is output_dir where the result of as many updates is finished.
-    """
+    """Folder and manifest of --resume_from_checkpoint, or (None, {}) where training starts anew."""
     wanted = args.resume_from_checkpoint
     present = list(list_checkpoints(args.output_dir).values())
     if not wanted:
@@ -1691,20 +1699,19 @@ def find_checkpoint(args):
             found = f"--output_dir {args.output_dir!r} has {present[0].name} of an earlier run"
             refuse(f"{found}: add --resume_from_checkpoint latest, give another folder, or take the checkpoints away")
         return None, {}
-    result = Path(args.output_dir)
-    folders = [Path(wanted), result / wanted]
-    if wanted == "latest":
-        folders = [result, *present]
-    for folder in filter(Path.is_dir, folders):
+    if wanted != "latest":
+        present = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
+    else:
+        with contextlib.suppress(ValueError):  # no result, or not a whole one
+            manifest = read_manifest(args.output_dir)
+            asked = {"max_train_steps": args.max_train_steps, "num_train_epochs": args.num_train_epochs}
+            if asked.items() <= manifest["run"].items():
+                return Path(args.output_dir), manifest
+    for folder in present:
         try:
-            manifest = read_manifest(folder)
+            return folder, read_manifest(folder)
         except ValueError as error:
-            if folder != result:
-                log.warning(f"passed over: {error}")
-            continue
-        asked = {"max_train_steps": args.max_train_steps, "num_train_epochs": args.num_train_epochs}
-        if folder != result or asked.items() <= manifest["run"].items():
-            return folder, manifest
+            log.warning(f"passed over: {error}")
     if wanted != "latest":
         refuse(f"--resume_from_checkpoint {wanted!r}: no whole checkpoint, neither here nor in {args.output_dir!r}")
     log.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}, training starts anew")
@@ -1715,11 +1722,18 @@ def compare_runs(accelerator, checkpoint, manifest, now):
     """Stops if the checkpoint's model or optimizer settings differ; warns about other changes, which take effect."""
     then = manifest.get("run", now)
     differ = [name for name in then if name in now and then[name] != now[name]]
-    fixed = [*MUST_MATCH, "processes"] if is_split(accelerator) else MUST_MATCH
+    fixed = MUST_MATCH
+    if is_split(accelerator):
+        fixed = [*MUST_MATCH, "processes"]
     for name in fixed:
         if name in differ:
             refuse(f"{checkpoint} was trained with {name} {then[name]!r}, not {now[name]!r}: give the same")
-    changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in differ if name not in MAY_DIFFER]
+    silent = [*MAY_DIFFER]
+    if math.prod(then[name] for name in SHARES) == math.prod(now[name] for name in SHARES):
+        silent += SHARES  # an update has the same images, however they are shared out
+    if now["lr_scheduler"].startswith("constant"):
+        silent += LENGTH
+    changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in differ if name not in silent]
     if changed:
         log.warning(f"resuming {checkpoint} with changed flags: {', '.join(changed)}")
 
@@ -2132,12 +2146,11 @@ OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-
 def check_output(args):
     """Refuses logs that leave output_dir or get into what is written there, and what is in the way of that."""
     logs = os.path.normpath(Path(args.logging_dir, args.tracker_run_name or "", args.tracker_project_name))
-    taken = [pattern.partition("/") for pattern in (*RESULT["files"], *OUTPUT)]
-    for name in ("..", os.sep, *(name for name, _, _ in taken)):
-        if fnmatch.fnmatch(Path(logs).parts[0], name):
+    for pattern in (*RESULT["files"], *OUTPUT):
+        name, folder, _ = pattern.partition("/")
+        if logs.startswith(("..", os.sep)) or fnmatch.fnmatch(Path(logs).parts[0], name):
             names = "--logging_dir, --tracker_run_name, --tracker_project_name"
             refuse(f"{names}: {logs!r} leads out of --output_dir or into the result: give other names")
-    for name, folder, _ in taken:
         for path in Path(args.output_dir).glob(name):
             if path.is_dir() != bool(folder) or not os.access(path, os.W_OK):
                 refuse(f"{path} is in the way of what the run writes: take it away or give another --output_dir")
@@ -2324,10 +2337,11 @@ def make_loader(args, accelerator, dataset):
 
 def checkpoint_activations(model):
     """Turns gradient checkpointing on, by the name that the library and its version give it."""
-    if hasattr(model, "enable_gradient_checkpointing"):
-        model.enable_gradient_checkpointing()
-    else:
-        model.gradient_checkpointing_enable()
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    for name in names:
+        if hasattr(model, name):
+            getattr(model, name)()
+            return
 
 
 def hand_out(accelerator, model, weights):
@@ -2513,14 +2527,15 @@ def choose_seed(args, manifest):
 
 
 def draw_sheet(args, dataset):
-    """Writes dry_run.png: the first 100 instance images, cropped as in the first epoch."""
-    tiles = []
-    for index in range(min(len(dataset.sizes), 100)):
-        seed = derive_seed(args.seed, "instance", 0, index)
-        pixels = dataset.pixels("instance", index, dataset.size(index), seed)
-        tiles.append(Image.fromarray(pixels[:3].permute(1, 2, 0).numpy()))
-    tiles += [Image.new("RGB", (1, 1))] * (-len(tiles) % 10)
-    save_image(make_image_grid(tiles, len(tiles) // 10, 10, resize=192), Path(args.output_dir, "dry_run.png"))
+    """Writes dry_run.png: up to 200 instance images, cropped as in the first epoch."""
+    count = min(len(dataset.images["instance"]), 200)
+    sheet = Image.new("RGB", (10 * 192, math.ceil(count / 10) * 192), "white")
+    for number in range(count):
+        seed = derive_seed(args.seed, "instance", 0, number)
+        pixels = dataset.pixels("instance", number, dataset.size(number), seed)
+        picture = Image.fromarray(pixels[:3].permute(1, 2, 0).numpy())
+        sheet.paste(ImageOps.contain(picture, (190, 190)), (number % 10 * 192, number // 10 * 192))
+    save_image(sheet, Path(args.output_dir, "dry_run.png"))
 
 
 def report_dry_run(args, parts, accelerator, targets, dataset):

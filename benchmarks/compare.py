@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Runs one of our scripts and another script with the same command line in turn, and prints the ratios of their cost.
+"""Runs one of our scripts and another one in turn, with the same flags, and compares their time and memory.
 
     python benchmarks/compare.py --other PATH/train_dreambooth_lora_sd3.py --size small -- --max_train_steps 20
 
-Everything after `--` goes to both scripts, behind a model, pictures and a prompt that this program makes. The figures
-are wall time in seconds from the start of the process to its end; time to the first update, and updates a second after
-it, read off the progress bar; and the peak resident memory of the process in MiB (and of the GPU, where nvidia-smi
-answers). Each row gives the median of the runs and the ratio ours / other of these medians.
+Both scripts get the flags after `--`, and the model, pictures and prompt that this program makes. It measures wall
+time in seconds, from the start of the process to its end; the time to the first update and updates per second after
+it, from the progress bar; and the peak resident memory of the process in MiB, with the GPU's if nvidia-smi is there.
+Each row has the medians of the runs and their ratio, ours / other.
 
---runner PROGRAM is put before the other script, for one that does not run by itself on this machine.
+--runner PROGRAM runs the other script if it cannot run by itself on this machine.
 """
 
 import argparse
@@ -36,19 +36,19 @@ FIGURES = ("wall", "first update", "updates/s", "memory", "gpu memory")
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ours", default=str(ROOT / "train_dreambooth_lora_sd3.py"), help="Our script.")
-    parser.add_argument("--other", required=True, help="The script that it is compared with.")
-    parser.add_argument("--runner", help="A program that is given the other script and its flags.")
+    parser.add_argument("--other", required=True, help="The script to compare it with.")
+    parser.add_argument("--runner", help="A program that runs the other script; it gets its path and flags.")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="The random checkpoint that both train.")
-    parser.add_argument("--resolution", type=int, default=256, help="Side of the pictures and of the crop in pixels.")
-    parser.add_argument("--captions", action="store_true", help="A dataset with a caption for each picture.")
-    parser.add_argument("--runs", type=int, default=3, help="Counted runs of each, after one that is not.")
-    parser.add_argument("--work", help="Folder for the checkpoint, kept; unset: a temporary one.")
+    parser.add_argument("--resolution", type=int, default=256, help="Side of pictures and crops in pixels.")
+    parser.add_argument("--captions", action="store_true", help="Use a dataset with one caption per picture.")
+    parser.add_argument("--runs", type=int, default=3, help="Measured runs of each, after one that is not measured.")
+    parser.add_argument("--work", help="Folder to keep the checkpoint in; unset: a temporary one.")
     parser.add_argument("flags", nargs="*", help="Flags for both scripts, after --.")
     return parser.parse_args(argv)
 
 
 def gpu_memory(pid):
-    """MiB that a process holds on the GPUs, or 0 without nvidia-smi."""
+    """MiB of GPU memory that a process uses, or 0 without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return 0
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
@@ -57,7 +57,7 @@ def gpu_memory(pid):
 
 
 def measure(command):
-    """Figures of one run of a command. Errors: RuntimeError with the end of its output where it fails."""
+    """Figures of one run of a command. Errors: RuntimeError with the end of its output if it fails."""
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0)
     updates, seen, tail, gpu = {}, b"", b"", [0]
@@ -83,7 +83,7 @@ def measure(command):
 
 
 def build(work, args):
-    """The checkpoint and the pictures, by a process of its own: the peak of this one is a floor to its children's."""
+    """Builds the checkpoint and the pictures in a separate process: a child starts with its parent's peak memory."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         model = pool.submit(build_checkpoint, work / args.size, args.size)
         folder = work / ("captioned" if args.captions else "pictures")
@@ -108,7 +108,7 @@ def main(args):
         for name, command in commands.items():
             output = tempfile.mkdtemp(prefix=name, dir=work)
             figures = measure([str(word) for word in [*command, "--output_dir", output]])
-            runs[name] += [figures] if number else []  # the first brings programs and weights into the file cache
+            runs[name] += [figures] if number else []  # the first run fills the file cache
             shutil.rmtree(output)
     print(f"{' '.join(args.flags)}  ({args.size}, {args.resolution} px, medians of {args.runs})\n")
     print("| | ours | other | ours / other |\n|---|---|---|---|")

@@ -1,11 +1,11 @@
-"""Loads what the LoRA script writes in several versions of diffusers, and prints how far its weights are right.
+"""Loads the LoRA script's result in several versions of diffusers and checks the merged weights.
 
     python benchmarks/load_lora.py 0.34.0 0.36.0 0.40.0
 
-Each version is fetched by pip, alone, and put before the environment's own; the other packages stay, but for a version
-that cannot be imported with today's: with it come those of its time (OF_ITS_TIME). torch is always the environment's.
-A row has the versions that were combined, the kind of run, how many layers were changed, and the largest difference
-from base + B @ A, by the largest number of B @ A.
+pip fetches each version alone, and it is imported in place of the environment's. All other packages are the
+environment's, except for a version that cannot be imported with them: it gets the packages of its time (OF_ITS_TIME).
+A row has the versions, the kind of run, the number of changed layers, and the largest difference from base + B @ A,
+relative to the largest entry of B @ A.
 """
 
 import os
@@ -23,7 +23,7 @@ KINDS = {
     "rsLoRA, all layers, SD3.5": "--use_rslora --rank 8 --lora_alpha 3 --lora_layers all-linear",
     "bfloat16": "--mixed_precision bf16 --lora_alpha 2",
 }
-# diffusers 0.34 was of June 2025. It imports names of Flax, which transformers 5 has no longer.
+# diffusers 0.34, of June 2025, imports names of Flax that transformers 5 no longer has.
 OF_ITS_TIME = {
     "0.34.0": ["transformers==4.52.4", "tokenizers==0.21.4", "huggingface_hub==0.33.0", "peft==0.15.2"],
 }
@@ -44,7 +44,7 @@ def compare(folder):
 
 
 def fuse(base, out):
-    """How many layers a file changes in a base, and the largest difference from base + B @ A."""
+    """The number of layers that a file changes in a base, and the largest difference from base + B @ A."""
     import diffusers
     import torch
     from safetensors.torch import load_file
@@ -70,7 +70,7 @@ def fuse(base, out):
 
 
 def start(*words, **variables):
-    """What a program prints; the last line of what it says where it fails."""
+    """What a program prints. Errors: RuntimeError with its last line."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,12 +1,12 @@
-"""Runs the two scripts and diffusers' own in the same way, every draw pinned, and prints how far losses are apart.
+"""Compares the losses of both scripts with those of diffusers' own, with all random draws made equal.
 
     git clone --depth 1 https://github.com/huggingface/diffusers
     python benchmarks/parity.py diffusers/examples/dreambooth
 
-Pinned are the order of the images, noise and times of each batch, the posterior's sample (its mean), the adapters'
-start and dropout (none); crops are in the middle. All is float32 on a CPU with the tests' tiny checkpoint. A row has
-the largest relative difference of any batch's loss. Left out is what diffusers' scripts cannot do: class images with
-trained text encoders or a batch above 1, and batches of several images with one prompt.
+Both use the same order of images, noise and noise levels in each batch, the mean of the VAE's posterior, the same
+initial adapters, no dropout and centre crops. They train the tests' tiny checkpoint in float32 on a CPU. Each row has
+the largest relative difference of any batch's loss. Not compared is what diffusers' scripts cannot do: class images
+with trained text encoders or with a batch above 1, and batches of several images with one prompt.
 """
 
 import argparse
@@ -62,15 +62,15 @@ LORA_SETTINGS = {
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="Where diffusers' two scripts are.")
-    parser.add_argument("--only", help="A word of the names of the settings that are run.")
+    parser.add_argument("folder", type=Path, help="Folder with diffusers' two scripts.")
+    parser.add_argument("--only", help="Run only the settings whose name contains this.")
     parser.add_argument("--script", choices=SCRIPTS, help="Unset: both.")
-    parser.add_argument("--steps", type=int, default=8, help="Updates of a run.")
+    parser.add_argument("--steps", type=int, default=8, help="Updates per run.")
     return parser.parse_args()
 
 
 def make_folders(folder):
-    """Checkpoints, four pictures, the same with captions, and class images; by name."""
+    """Makes checkpoints, four pictures, the same with captions, and class images. Returns their paths by name."""
     tiny_sd3.build(folder / "tiny")
     tiny_sd3.build(folder / "sd35", sd35=True)
     tiny_sd3.images(folder / "pictures", 4)
@@ -103,7 +103,7 @@ def draw(*key):
 
 
 def pin(monkeypatch, script):
-    """Has a script draw what the batch's number alone decides. Returns the list that its losses are written to."""
+    """Makes a script's draws depend on the batch's number alone. Returns the list that collects its losses."""
     from accelerate import Accelerator
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
     from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -124,7 +124,7 @@ def pin(monkeypatch, script):
 
     def start_adapters(layer, name, *args, **kwargs):
         reset(layer, name, *args, **kwargs)
-        if name in layer.lora_A and not layer.lora_A[name].weight.is_meta:  # as where a result is read back
+        if name in layer.lora_A and not layer.lora_A[name].weight.is_meta:  # on meta: a result is read
             adapters.append(name)
             weight = layer.lora_A[name].weight
             weight.data = torch.randn(weight.shape, generator=draw("adapter", len(adapters))) / len(weight)
@@ -134,7 +134,7 @@ def pin(monkeypatch, script):
         back(accelerator, loss, **kwargs)
 
     def encode(text_encoders, tokenizers, prompt, max_sequence_length=77, text_input_ids_list=None, **kwargs):
-        if tokenizers is None:  # diffusers' full script hands over ids alone, and fails on what it leaves out
+        if tokenizers is None:  # diffusers' full script passes ids without tokenizers, and would fail
             tokenizers = [lambda *_, ids=ids, **__: SimpleNamespace(input_ids=ids) for ids in text_input_ids_list]
             prompt = [""] * len(text_input_ids_list[0])
         return encode_prompt(
@@ -150,7 +150,7 @@ def pin(monkeypatch, script):
     monkeypatch.setattr(LoraLayer, "reset_lora_parameters", start_adapters)
     monkeypatch.setattr(Accelerator, "backward", backward)
     monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(list_folder(path))))
-    # T5 has dropout, also in its attention, which is the argument of one function of torch.
+    # T5 has dropout; in its attention it is an argument of a torch function.
     monkeypatch.setattr(functional, "dropout", lambda states, *args, **kwargs: states)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(torch, "randperm", lambda count, **kwargs: torch.arange(count))

@@ -1,21 +1,20 @@
 #!/usr/bin/env python
-"""Runs LoRA, or full training with its memory flags, on random weights of a real size: seconds and memory by stage.
+"""Trains random weights of a real model's size, by LoRA or in full: seconds and memory of each stage.
 
     python benchmarks/real_size.py --size sd3.5-medium
     python benchmarks/real_size.py --size sd3.5-medium --other PATH/train_dreambooth_lora_sd3.py --runner RUNNER
     python benchmarks/real_size.py --full
 
-LoRA on 256 px in bfloat16, batch 1; flags after `--` are added for all scripts. --other runs another script with the
-same flags, and --runner puts a program before it, for one that does not run by itself on this machine. Ours caches
-latents besides; diffusers' ends with an error where its flag for that meets bfloat16.
---full trains the whole transformer in bfloat16, with 8-bit states and the step taken in the backward pass: half of the
-updates, a checkpoint and a result, then a second run that goes on from there.
+It trains LoRA at 256 px in bfloat16, batch 1; all scripts get the flags after `--`. --other also runs another script
+with the same flags, through --runner if it cannot run by itself on this machine. Only ours caches latents: diffusers'
+fails if its flag for that meets bfloat16. --full trains the whole transformer in bfloat16, with 8-bit optimizer state
+and --fused_backward_pass: half of the updates, a checkpoint and a result, then a second run that resumes from there.
 
-A stage lasts from one progress bar to the next; saving begins at the last update. Its peak is the most that the
-process had in memory at once (VmHWM, set back when a stage begins), next to it the part that was read from files and
-can be dropped at will (pages of the weights' files that are mapped). The processor's seconds are of all threads, and
-say more where others use the machine. Seconds an update go from the first that the bar shows to the last. SD3.5 Medium
-needs 16 GB of disk, Large 28, in a temporary folder unless --work names one that is kept.
+A stage lasts from one progress bar to the next; saving begins at the last update. Its peak is the process's largest
+resident memory (VmHWM, reset when a stage begins). The part of it that is mapped from the weights' files, which the
+system can drop, stands beside it. Processor seconds count all threads; they are the better measure on a machine that
+others use. Seconds per update are measured from the first update to the last. SD3.5 Medium needs 16 GB of disk, Large
+28, in a temporary folder unless --work names one to keep.
 """
 
 import argparse
@@ -43,15 +42,13 @@ FULL = LORA + " --cache_latents --gradient_checkpointing --fused_backward_pass -
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--size", choices=SIZES, default="sd3.5-medium", help=f"Real ones are {', '.join(REAL_SIZES)}."
-    )
-    parser.add_argument("--full", action="store_true", help="Train the whole transformer, and resume.")
-    parser.add_argument("--updates", type=int, default=4, help="Updates of a run.")
-    parser.add_argument("--ours", help="Our script; unset: the one of this repository.")
-    parser.add_argument("--other", help="A script that is run beside it.")
-    parser.add_argument("--runner", help="A program that is given the other script and its flags.")
-    parser.add_argument("--work", help="Folder for the checkpoint, kept; unset: a temporary one.")
+    parser.add_argument("--size", choices=SIZES, default="sd3.5-medium", help=f"Real sizes: {', '.join(REAL_SIZES)}.")
+    parser.add_argument("--full", action="store_true", help="Train the whole transformer, then resume.")
+    parser.add_argument("--updates", type=int, default=4, help="Updates per run.")
+    parser.add_argument("--ours", help="Our script; unset: this repository's.")
+    parser.add_argument("--other", help="Another script to compare it with.")
+    parser.add_argument("--runner", help="A program that runs the other script; it gets its path and flags.")
+    parser.add_argument("--work", help="Folder to keep the checkpoint in; unset: a temporary one.")
     parser.add_argument("flags", nargs="*", help="Flags for the scripts, after --.")
     return parser.parse_args(argv)
 
@@ -82,7 +79,7 @@ class Watch:
             self.at_once, self.mapped = size, mapped
 
     def enter(self, stage):
-        """Ends a stage and begins the next, whose peak starts from what is in memory now."""
+        """Ends a stage and begins the next; its peak starts at the memory in use now."""
         self.sample()
         now = time.monotonic() - self.start
         name, began, worked = self.stages[-1]
@@ -159,9 +156,9 @@ def report(title, command):
 
 def main(args):
     work = Path(args.work or tempfile.mkdtemp(prefix="real-size-"))
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # memory of this process would count for its children
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # children start with this process's peak memory
         rates = pool.submit(prepare, work, args.size).result()
-    slow = ": no fast bfloat16, so that seconds say little" if rates["bfloat16"] < rates["float32"] else ""
+    slow = ": no fast bfloat16, so the seconds mean little" if rates["bfloat16"] < rates["float32"] else ""
     rates = ", ".join(f"{rate:.0f} GFLOP/s in {name}" for name, rate in rates.items())
     print(f"{args.size}: a matrix product on one thread reaches {rates}{slow}", flush=True)
     output = work / "output"

@@ -1,6 +1,6 @@
-"""The few operations of torchvision that diffusers' SD3 scripts use, for machines without a build that fits torch.
+"""The few operations of torchvision that diffusers' SD3 scripts use, where no build of it fits the installed torch.
 
-`install()` puts them into sys.modules, unless torchvision is there.
+`install()` adds them to sys.modules, unless torchvision is installed.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from PIL import Image
 
 
 class Resize:
-    """The short side to a length."""
+    """Scales the short side to a length."""
 
     def __init__(self, size, interpolation=None):
         self.size = size
@@ -25,7 +25,7 @@ class Resize:
 
 
 class RandomCrop:
-    """A square of a side, anywhere."""
+    """Cuts out a square at a random place."""
 
     def __init__(self, size):
         self.size = size
@@ -40,7 +40,7 @@ class RandomCrop:
 
 
 class CenterCrop(RandomCrop):
-    """A square of a side, from the middle."""
+    """Cuts out a square from the middle."""
 
     @staticmethod
     def get_params(image, size):
@@ -49,7 +49,7 @@ class CenterCrop(RandomCrop):
 
 
 class RandomHorizontalFlip:
-    """A mirror, by a probability."""
+    """Mirrors an image with a probability."""
 
     def __init__(self, p):
         self.p = p
@@ -66,7 +66,7 @@ class ToTensor:
 
 
 class Normalize:
-    """Pixels less a mean, by a deviation, one number each."""
+    """Subtracts a mean from pixels and divides by a deviation, one number each."""
 
     def __init__(self, mean, std):
         self.mean, self.std = mean[0], std[0]
@@ -94,7 +94,7 @@ def crop(image, top, left, height, width):
 def install():
     if importlib.util.find_spec("torchvision"):
         return
-    # The libraries are to find out first that it is not there: they would ask for what this has not.
+    # The libraries must see first that torchvision is missing: they would ask for more than this has.
     import datasets.config  # noqa: F401
     import diffusers.image_processor
     import diffusers.utils.import_utils

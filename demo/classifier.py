@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A small network that tells thing, colour and place of a picture, and whose features say how alike two pictures are.
+"""A small network that recognises thing, colour and place in a picture, and whose features measure likeness.
 
 python demo/classifier.py      # trains it on drawn pictures and writes demo/classifier.safetensors
 """
@@ -60,7 +60,7 @@ def load_classifier():
 def draw_batch(size, seed):
     """Pixels and labels {"thing", ...: (size,)} of new pictures, held-out and named ones too, some blurred.
 
-    Four in ten show a thing with a name: patched, in a scarf, in any colours. Their label of colour is -100, for none.
+    Four in ten show a thing with a name: patched, in a scarf, in any colours. Their colour label is -100: no label.
     """
     draw, shown = random.Random(f"classifier {seed}"), []
     for _ in range(size):

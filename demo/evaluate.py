@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Measures what DreamBooth did to the demo's pipeline: is the subject shown, and is all else as it was?
+"""Measures what DreamBooth did to the demo's pipeline: does it draw the subject, and everything else as before?
 
     python demo/evaluate.py NAME=FOLDER[,FOLDER...] ...
 
-A folder is the output_dir of a run: adapters, or a whole pipeline. Each name gets a row of a markdown table, after the
-base model's: the mean of its folders. Every column is a share of drawn pictures, in percent; more is better.
+A folder is the output_dir of a run: adapters, or a whole pipeline. Each name gets a row of a markdown table, the mean
+of its folders, below the row of the base model. Every column is a share of drawn pictures in percent; more is better.
 
-subject shown           "a photo of sks dog ..." shows a dog with the turquoise and the magenta of ears and scarf
+subject shown           "a photo of sks dog ..." shows a dog with turquoise ears and a magenta scarf
 place right             and it is where the prompt says
-other dogs unchanged    "a photo of a dog ...", "a brown dog", "zib dog": a dog in the place asked for, of the colour
-                        asked for, and nothing is magenta
-other things right      other things show thing, colour and place asked for, in combinations never trained on
+other dogs unchanged    "a photo of a dog ...", "a brown dog", "zib dog": a dog in the right place and colour, and
+                        nothing is magenta
+other things right      other things have the right thing, colour and place, in combinations never trained on
 
 Runs for a style, by measure_style, have a table of their own. The style is the negative: colours are inverted.
 
@@ -74,7 +74,7 @@ def draw(pipeline, prompts, seed=0, guidance=GUIDANCE):
 
 
 def shows(picture, hues, least=24):
-    """Whether a picture has enough pixels, neither pale nor dark, of hues within two bounds of 256."""
+    """Whether at least `least` pixels, neither pale nor dark, have a hue within the two bounds (of 256)."""
     bands = [bytearray(band.tobytes()) for band in picture.convert("HSV").split()]
     shown = [hue for hue, saturation, value in zip(*bands, strict=True) if saturation > 120 and value > 120]
     return sum(hues[0] <= hue <= hues[1] for hue in shown) >= least
@@ -87,7 +87,7 @@ def shows_subject(picture):
 
 @torch.no_grad()
 def likeness(classifier, pictures, others):
-    """Mean cosine of the features of each of `pictures` with those of `others`."""
+    """Mean cosine of the features of `pictures` with those of `others`."""
     return (classifier.features(pixels_of(pictures)) @ classifier.features(pixels_of(others)).T).mean().item()
 
 
@@ -102,12 +102,12 @@ def subject_pictures():
 
 
 def subject_score(classifier, pictures):
-    """How much more pictures are like the subject than like other dogs."""
+    """How much more the pictures are like the subject than like other dogs."""
     return likeness(classifier, pictures, subject_pictures()) - likeness(classifier, pictures, other_dogs())
 
 
 def right(classifier, pictures, asked):
-    """Of each picture, whether it shows what was asked for: a list of dicts with some of thing, colour and place."""
+    """Whether each picture shows what was asked for; `asked` has dicts with some of thing, colour and place."""
     shown = classifier.recognise(list(pictures))
     return [wanted.items() <= found.items() for wanted, found in zip(asked, shown, strict=True)]
 
@@ -124,7 +124,7 @@ def prompt_scores(classifier, pictures, asked):
 
 
 def held_out_world(count, seed=0):
-    """What `count` held-out combinations are, as (dict, caption)."""
+    """`count` held-out combinations, as (dict, caption)."""
     chooser, chosen = random.Random(seed), []
     options = {"thing": world.THINGS, "colour": list(world.COLOURS), "place": list(world.PLACES)}
     while len(chosen) < count:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws a small picture world, from a seed: a thing in a colour at a place, with a caption; and one particular dog.
+"""Draws a small world of pictures from seeds: a thing in a colour at a place, with a caption; and one particular dog.
 
     python demo/world.py FOLDER          # 24 pictures of the world with their captions
     python demo/world.py --named FOLDER    # a picture of each thing that has a name
@@ -9,11 +9,11 @@ A picture has SIDE x SIDE pixels and is drawn four times as large, then scaled d
 A plain thing has {"thing", "colour", "place"} and is "a photo of a red dog in the grass"; its caption may leave colour
 or place out, as people do. A named thing has {"thing", "name", "place"} and is "a photo of zib dog in the grass".
 
-A name before a thing stands for looks of its own. The names in NAMED each belong to one dog, cat, bird, fish or car,
-whose looks (colours, patches, scarf or collar) are the same in every picture. The words in NOBODY, "sks" among them,
-belong to none: what goes with them looks different each time. So a model that was trained on this world can be asked
-for what one asks of a large one: that a word which means nobody in particular come to mean one dog, while all others
-stay as they are. Nothing in the world is magenta, and so no dog in it wears the scarf of the subject.
+A name before a thing stands for its looks. Each name in NAMED belongs to one dog, cat, bird, fish or car whose looks
+(colours, patches, scarf or collar) are the same in every picture. The words in NOBODY, "sks" among them, belong to
+nothing: what they name looks different in every picture. So a model trained on this world can learn what DreamBooth
+asks of a large one: a word that means nothing in particular comes to mean one dog, and all other dogs stay as they
+are. Nothing in the world is magenta, so no dog in it wears the subject's scarf.
 """
 
 import argparse
@@ -64,7 +64,7 @@ HELD_OUT = 20  # one combination of thing, colour and place in so many is never 
 
 
 def is_held_out(what):
-    """Whether a combination is kept out of training, so that drawing it has to be put together from others."""
+    """Whether a combination is kept out of training, so that the model has to compose it from others."""
     numbers = THINGS.index(what["thing"]), list(COLOURS).index(what["colour"]), list(PLACES).index(what["place"])
     return sum(number * prime for number, prime in zip(numbers, (7, 5, 13), strict=True)) % HELD_OUT == 0
 

@@ -1,4 +1,4 @@
-"""What the tests share: tiny checkpoints, pictures, the two scripts as modules, and two ways to run them."""
+"""What the tests share: tiny checkpoints, pictures, both scripts as modules, and two ways to run them."""
 
 import contextlib
 import functools

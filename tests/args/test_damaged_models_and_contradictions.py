@@ -1,4 +1,4 @@
-"""Input that demanding users give: what is damaged, contradictory or without sense ends in one line and exit code 2.
+"""Damaged models and flags that contradict each other end in one line and exit code 2.
 
 A damaged part of the base model is named with the cause, wherever in a run it is loaded.
 """
@@ -385,7 +385,7 @@ def test_a_tracker_that_does_not_start_ends_the_run_before_it_encodes(refused, m
 
 @pytest.mark.parametrize(
     ("kind", "flag", "name"),
-    in_turn([("tracker_run_name", "../x"), ("tracker_run_name", "a/../../x"), ("tracker_project_name", "/x")]),
+    in_turn([("tracker_run_name", "../../x"), ("tracker_run_name", "a/../../../x"), ("tracker_project_name", "/x")]),
 )
 def test_a_run_s_name_does_not_lead_out_of_the_folder(refused, flag, name):
     line = refused(**{flag: name})

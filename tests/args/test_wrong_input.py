@@ -9,8 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, in_turn
-from hub_stand_in import HubStandIn
+from conftest import in_turn
 from PIL import Image
 
 EMPTY = str(Path(tempfile.gettempdir(), "dreambooth-without-images"))
@@ -227,38 +226,6 @@ def test_a_folder_whose_metadata_has_no_captions(refused, table, tmp_path):
 def test_no_prompt_at_all(refused):
     line = refused(instance_prompt=None)
     assert line == "--instance_data_dir: 2 of 2 images have no caption: give --instance_prompt"
-
-
-READ = """
-import contextlib, importlib.util, sys
-spec = importlib.util.spec_from_file_location("script", sys.argv[1])
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
-for model in ("user/gated", "user/missing", "nowhere/at/all"):
-    flags = ["--pretrained_model_name_or_path", model, "--instance_data_dir", ".", "--instance_prompt", "x"]
-    try:
-        script.main(script.parse_args([*flags, "--report_to", "none"]))
-    except SystemExit as end:
-        print(end.code)
-"""
-ACCESS = "give a diffusers folder or a Hub id; for a gated model accept its licence and run `hf auth login`"
-
-
-def test_hub_model_that_cannot_be_had(tmp_path):
-    with HubStandIn() as hub:
-        hub.add("user/gated", {"model_index.json": b"{}"})
-        hub.fail("/user/gated/", 403, "GatedRepo")
-        environment = {**os.environ, **hub.environment(tmp_path), "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", READ, str(SCRIPTS["full"])]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["2", "2", "2"], done.stderr
-    lines = [line for line in done.stderr.splitlines() if " error: " in line]
-    assert len(lines) == 3
-    models = ("user/gated", "user/missing", "nowhere/at/all")
-    for line, model in zip(lines, models, strict=True):
-        start = f"--pretrained_model_name_or_path {model!r}: no model_index.json can be read: {ACCESS} ("
-        assert line.startswith(f"-c: error: {start}")
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A process killed while it saves leaves whole checkpoints, or known half ones; a full disk keeps the last one."""
+"""A process killed while it saves leaves whole checkpoints or .partial folders; a full disk keeps the last one."""
 
 import builtins
 import functools

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, bit for bit: losses, weights, images; or it is refused, with the reason."""
+"""A resumed run equals the uninterrupted one bit for bit (losses, weights, images), or is refused with the reason."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A signal ends a run at the end of the update, with a checkpoint from which it goes on as if nothing had been."""
+"""After a signal a run finishes its update, saves a checkpoint and can be resumed as if nothing had happened."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Class images: the missing ones are drawn by the base model, each once."""
+"""Class images: the base model draws the missing ones, each once."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""configs/: files that `accelerate launch --config_file` reads as they were meant."""
+"""configs/: `accelerate launch --config_file` reads each file as it was meant."""
 
 import pytest
 import yaml

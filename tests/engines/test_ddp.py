@@ -1,4 +1,4 @@
-"""Two processes under DDP are one process with twice the batch: the same losses, gradients, weights and rates."""
+"""Two processes under DDP equal one process with twice the batch: losses, gradients, weights and learning rates."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""FSDP2, by accelerate's own code over gloo: it trains, saves, resumes, and ends as one process does."""
+"""FSDP2, by accelerate's own code over gloo: it trains, saves, resumes and ends as one process does."""
 
 import os
 import subprocess

@@ -1,6 +1,6 @@
-"""Both scripts on a CUDA card against the CPU, where there is a card: `make test-gpu`.
+"""Both scripts on a CUDA card against the CPU: `make test-gpu`.
 
-Without one the table of test_virtual_device.py runs on a device that is not there.
+Without a card, test_virtual_device.py runs its table on a simulated one.
 """
 
 import json

@@ -7,6 +7,7 @@ before that, the others have a traceback of their own; with NCCL they wait until
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import processes
@@ -159,3 +160,17 @@ def test_it_ends_the_run_and_says_so_once(run_two, tmp_path, spoil, environment,
     (line,) = errors(said[1])
     assert line.startswith(message)
     assert [line for line in errors(said[0]) if "peer" not in line] == []  # gloo's own, of a closed connection
+
+
+def test_the_upload_may_take_longer_than_any_process_waits(run_two, tmp_path):
+    """It comes after the last time that the processes wait for each other."""
+
+    def spoil(monkeypatch, script):
+        monkeypatch.setattr(script, "open_repository", lambda *inputs: "someone/sd3")
+        monkeypatch.setattr(script.huggingface_hub, "upload_folder", lambda **options: time.sleep(5))
+        # Of both: a process that waits for another notices it.
+        monkeypatch.setattr(script, "timedelta", lambda **options: timedelta(seconds=3))
+
+    codes, said = run_two(spoil, rank=0, max_train_steps=1)
+    assert codes == [0, 0]
+    assert [errors(text) for text in said] == [[], []]

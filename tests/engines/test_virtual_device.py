@@ -1,6 +1,6 @@
-"""Both scripts on a device that is not the CPU, without a GPU: see virtual_device.py.
+"""Both scripts on a simulated CUDA card, without a GPU: see virtual_device.py.
 
-Each row of CASES is a run there and, in float32, one on the CPU, whose files have to be the same, bit for bit.
+Each row of CASES runs on it and, in float32, also on the CPU: the files have to be equal bit for bit.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Uploads, by real command lines against the Hub's stand-in: what arrives, what stays, and where the token is not."""
+"""Uploads, by real command lines to a stand-in for the Hub: what is sent, what is not, and where the token is not."""
 
 import json
 import os
@@ -163,15 +163,20 @@ def test_a_failed_upload_leaves_the_result(hub, client, argv, tmp_path):
     assert hub.repositories["user/out"]["files"] == {}
 
 
-def test_a_repository_that_may_not_be_written_is_refused(hub, client, argv):
-    """One line at the start, also for a repository of somebody else that is there already."""
+def test_what_may_not_be_written_or_read_is_refused(hub, client, argv):
+    """One line at the start: a repository, also somebody else's that is there already, and a base model."""
     hub.add("other/there", {})
+    hub.add("user/gated", {"model_index.json": b"{}"})
     hub.fail("POST /api/repos/create", 403)
     hub.fail("auth-check/write", 403)
-    names = ["a dog", "other/dog", "other/there"]
-    done = client("-c", SEVERAL, json.dumps([argv(push_to_hub=True, hub_model_id=name) for name in names]))
+    hub.fail("/user/gated/", 403, "GatedRepo")
+    names = ["a dog", "other/dog", "other/there", "user/gated", "user/missing", "nowhere/at/all"]
+    runs = [argv(push_to_hub=True, hub_model_id=name) for name in names[:3]]
+    runs += [argv(pretrained_model_name_or_path=name) for name in names[3:]]
+    done = client("-c", SEVERAL, json.dumps(runs))
     assert done.stdout.split() == ["2"] * len(names), done.stderr[-3000:]
     for name, said in zip(names, done.stderr.split("====\n"), strict=False):
         (line,) = [line for line in said.splitlines() if "error: " in line]
         assert repr(name) in line
+        assert ("a gated model accept its licence and run `hf auth login`" in line) == (name in names[3:])
     assert "Traceback" not in done.stderr

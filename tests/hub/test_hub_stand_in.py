@@ -1,4 +1,4 @@
-"""The Hub's stand-in against the real client, each time in a process of its own."""
+"""The Hub's stand-in against the real client, each test in its own process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""--alpha_mask: what is transparent in an image is not learned, wherever the image is cropped, mirrored or cached."""
+"""--alpha_mask: transparent parts are not learned, however the image is cropped, mirrored or cached."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,8 +78,8 @@ def test_the_mask_is_scaled_cropped_and_mirrored_with_the_image(script, tmp_path
     path = tmp_path / "image.png"
     image.convert(mode).save(path)
     for seed in range(8):
-        scaled = script.scale_image(script.open_image(path, 64, 0, True), (48, 48))
-        crop = script.crop_image(scaled, (48, 48), torch.Generator().manual_seed(seed), False, True)
+        whole = script.open_image(path, 64, 0, True)
+        crop = script.crop_image(whole, (48, 48), torch.Generator().manual_seed(seed), False, True)
         assert crop.shape == (4, 48, 48)
         torch.testing.assert_close(crop[0], 255 - crop[3], atol=2, rtol=0)
         assert crop[3].max() == 255

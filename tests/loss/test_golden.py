@@ -1,6 +1,6 @@
-"""What was is what is: the losses of 20 updates, and checkpoints of this format, which a later script still resumes.
+"""Losses of 20 updates stay the same, and a later script resumes checkpoints of this format.
 
-Where a change of the numbers is meant, `make golden` writes them anew.
+If the numbers are meant to change, `make golden` writes new ones.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The two ways to run a script: in this process without a trace, and as a command line on one or two processes."""
+"""The two ways to run a script: in this process, leaving no trace, and as a command line on one or two processes."""
 
 import os
 import random

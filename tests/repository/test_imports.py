@@ -1,4 +1,4 @@
-"""A run imports what it needs: no tracker, no reader of datasets, no optimizer that it does not use."""
+"""A run imports only what it needs: no tracker, dataset reader or optimizer that it does not use."""
 
 import subprocess
 import sys

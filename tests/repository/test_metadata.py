@@ -1,4 +1,4 @@
-"""What lets a script run alone: its inline metadata (PEP 723) and the requirements that it repeats."""
+"""What lets a script run alone: its inline metadata (PEP 723) and the requirements, which must agree."""
 
 import re
 import shlex
@@ -37,10 +37,10 @@ def test_metadata_is_the_requirements(script_path):
     assert 'target-version = "py311"' in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("path", ["README.md", "launch/train.sbatch", "launch/skypilot.yaml"])
+@pytest.mark.parametrize("path", ["docs/several-gpus.md", "launch/train.sbatch", "launch/skypilot.yaml"])
 def test_remote_commands_have_flags_that_there_are(path, lora):
     text = (ROOT / path).read_text().replace("\\\n", " ")
-    if path == "README.md":
+    if path == "docs/several-gpus.md":
         text = re.search(r"^hf jobs uv run .*$", text, flags=re.MULTILINE)[0]
     (command,) = [line for line in text.splitlines() if "train_dreambooth_lora_sd3.py --" in " ".join(line.split())]
     words = shlex.split(command.split("train_dreambooth_lora_sd3.py")[1])

@@ -1,55 +1,55 @@
-"""The README against the scripts: its commands parse, the flags it names exist, what it links to is there."""
+"""README and docs against the repository: commands parse, what they name exists, links lead somewhere."""
 
-import argparse
 import re
 import shlex
 
 import pytest
 from conftest import ROOT, load_script
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    shlex.split(command.replace("\\\n", " "), comments=True)
-    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
-    for command in re.split(r"(?<!\\)\n", block)
-    if "train_dreambooth" in command
-]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+LENGTHS = {"README.md": 200, "CONTRIBUTING.md": 60, "benchmarks/README.md": 150}  # lines; a page in docs has 150
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in {*PAGES, *LENGTHS}}
+SCRIPTS = {"train_dreambooth_sd3.py": "full", "train_dreambooth_lora_sd3.py": "lora"}
+LAUNCHERS = (
+    "accelerate launch --config_file --num_processes --multi_gpu --num_machines --machine_rank --main_process_ip"
+)
+OTHERS = "--help --flavor --timeout --secret --secrets --volume --exclude --repo-type --local-dir"  # hf, sky
+OTHERS += " --all --seeds --signals-to-handle"  # demo/run.py, torchrun
+TOPS = "benchmarks", "configs", "demo", "docs", "launch", "tests"
 
 
-def script_of(command):
-    """The script that a command runs, and the flags behind it."""
-    place = next(n for n, word in enumerate(command) if word.startswith("train_dreambooth"))
-    return {"train_dreambooth_sd3.py": "full", "train_dreambooth_lora_sd3.py": "lora"}[command[place]], place
+def read_commands():
+    """Each command of a bash block that starts a script: (page, the launcher's words, the script, its flags)."""
+    for name in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", TEXTS[name], re.DOTALL):
+            for command in re.split(r"(?<!\\)\n", block):
+                words = shlex.split(command.replace("\\\n", " "), comments=True)
+                script = next((word for word in words if word in SCRIPTS), None)
+                if script:
+                    place = words.index(script)
+                    yield name, words[:place], SCRIPTS[script], words[place + 1 :]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
-def test_command_parses(command, tmp_path, monkeypatch, capsys):
+COMMANDS = list(read_commands())
+
+
+@pytest.mark.parametrize(
+    ("launcher", "kind", "words"),
+    [pytest.param(*command, id=f"{page}-{number}") for number, (page, *command) in enumerate(COMMANDS)],
+)
+def test_command_parses(launcher, kind, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("dog", "photos"):
+    for name in ("dog", "drawings", "photos"):
         (tmp_path / name).mkdir()
-    (tmp_path / "demo").symlink_to(ROOT / "demo")
-    kind, place = script_of(command)
-    args = load_script(kind).parse_args(command[place + 1 :])
+    args = load_script(kind).parse_args(words)
     assert args.instance_prompt
     assert capsys.readouterr().err == ""  # no flag of a recipe is without effect
-
-
-def test_launcher_words():
-    for command in COMMANDS:
-        words = command[: script_of(command)[1]]
-        assert words[:2] == ["accelerate", "launch"]
-        if "--config_file" in words:
-            assert (ROOT / words[words.index("--config_file") + 1]).is_file()
-
-
-def recipe(output_dir):
-    for command in COMMANDS:
-        kind, place = script_of(command)
-        parser = load_script(kind).build_parser()
-        args = parser.parse_args(command[place + 1 :])
-        if args.output_dir == output_dir:
-            return argparse.Namespace(kind=kind, **vars(args))
-    raise AssertionError(f"no command writes {output_dir}")
+    assert launcher[:2] == ["accelerate", "launch"]
+    assert set(LAUNCHERS.split()).issuperset(word for word in launcher if word.startswith("-"))
+    if "--config_file" in launcher:
+        assert (ROOT / launcher[launcher.index("--config_file") + 1]).is_file()
 
 
 ORIGINAL = {
@@ -62,7 +62,6 @@ ORIGINAL = {
     "lr_scheduler": "constant",
     "lr_warmup_steps": 0,
     "max_train_steps": 500,
-    "validation_prompt": "A photo of sks dog in a bucket",
     "validation_epochs": 25,
     "seed": 0,
     "report_to": "wandb",
@@ -80,93 +79,91 @@ YARN = {
     "max_train_steps": 1500,
     "rank": 32,
 }
-BLOCKS = {"lora_blocks": "12-24,30-37"}
+STYLE = {
+    "weighting_scheme": "logit_normal",
+    "logit_mean": -3.0,
+    "training_shift": 1.0,
+    "rank": 32,
+    "learning_rate": 1e-4,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 4,
+    "max_train_steps": 300,
+}
+BLOCKS = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-large", "lora_blocks": "12-24,30-37"}
 
 
 @pytest.mark.parametrize(
-    ("output_dir", "expected"),
+    ("output_dir", "wanted_kind", "expected"),
     [
-        ("dog-lora", ORIGINAL | {"kind": "lora", "resolution": 512, "learning_rate": 4e-4}),
-        ("dog-sd3", ORIGINAL | {"kind": "full", "resolution": 1024, "learning_rate": 1e-4}),
-        ("yarn-lora", YARN | {"kind": "lora"}),
-        ("dog-blocks", BLOCKS | {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-large"}),
-        ("dog-lean", {"lora_layers": "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0"}),
+        ("dog-lora", "lora", ORIGINAL | {"resolution": 512, "learning_rate": 4e-4}),
+        ("dog-sd3", "full", ORIGINAL | {"resolution": 1024, "learning_rate": 1e-4}),
+        ("yarn-lora", "lora", YARN),
+        ("style-lora", "lora", STYLE),
+        ("dog-subject", "lora", {"weighting_scheme": "none", "training_shift": 1.0, "cache_latents": True}),
+        ("dog-blocks", "lora", BLOCKS),
+        ("dog-lean", "lora", {"lora_layers": "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0"}),
     ],
 )
-def test_recipe(output_dir, expected):
-    args = recipe(output_dir)
+def test_recipe_has_the_published_values(output_dir, wanted_kind, expected):
+    recipes = [(kind, words) for _, _, kind, words in COMMANDS if output_dir in words]
+    kind, words = recipes[0]
+    args = load_script(kind).build_parser().parse_args(words)
+    assert kind == wanted_kind
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-def test_every_flag_that_is_named_exists():
-    known = {"--help", "--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
-    known |= {"--flavor", "--timeout", "--secret", "--secrets", "--volume", "--exclude", "--repo-type", "--local-dir"}
-    known |= {"--all", "--seeds", "--full"}  # of demo/run.py and benchmarks/real_size.py
-    for kind in ("full", "lora"):
+@pytest.mark.parametrize("page", PAGES)
+def test_named_flags_exist(page):
+    known = set(LAUNCHERS.split()) | set(OTHERS.split())
+    for kind in SCRIPTS.values():
         known |= set(load_script(kind).build_parser()._option_string_actions)
-    named = set(re.findall(r"(?<![\w-])--[a-z0-9][\w-]*", TEXT))
-    assert len(named) > 40
-    assert named <= known, named - known
+    named = set(re.findall(r"(?<![\w-])--[a-z0-9][\w-]*", TEXTS[page]))
+    assert named - known == set()
 
 
-def test_ten_flags():
-    table = TEXT.split("## The ten flags that matter")[1].split("\n## ")[0]
-    assert len(re.findall(r"^\| `--", table, re.MULTILINE)) == 10
+@pytest.mark.parametrize("page", sorted(TEXTS))
+def test_length(page):
+    assert len(TEXTS[page].splitlines()) <= LENGTHS.get(page, 150)
 
 
-def test_the_first_screen():
-    """What it is in two sentences, the picture, the two commands, the command for one's own photos, the cost."""
-    screen = TEXT.split("\n## ")[0]
-    title, words, picture, *_ = screen.split("\n\n")
-    assert title.startswith("# ")
-    assert len(re.findall(r"\.(?:\s|$)", words)) == 2
-    assert picture.startswith("![") and picture.endswith("(demo/before_after.png)")
-    assert "    make demo\n    make test\n" in screen
-    makefile = (ROOT / "Makefile").read_text()
-    assert {"demo:", "test:"} <= {line.split(" ")[0] for line in makefile.splitlines()}
-    assert (
-        screen.index("    make test") < screen.index("--instance_data_dir photos") < screen.index("**What it costs.**")
-    )
-    assert len(screen.splitlines()) <= 40
+def anchors(path):
+    """What links to headings of a page end in."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-def test_length():
-    assert len(TEXT.splitlines()) <= 350
-
-
-def test_links_lead_somewhere():
-    headings = {
-        re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", TEXT, re.M)
-    }
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("https://")]
-    for link in links:
-        assert link[1:] in headings if link.startswith("#") else (ROOT / link).is_file(), link
-    for path in re.findall(r"`((?:benchmarks|configs|demo|launch|tests)/[\w./]*)`", TEXT):
+@pytest.mark.parametrize("page", sorted(TEXTS))
+def test_links_and_paths_lead_somewhere(page):
+    folder = (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = folder / path if path else ROOT / page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+    for path in re.findall(rf"`((?:{'|'.join(TOPS)})/[\w./-]*)`", TEXTS[page]):
         assert (ROOT / path).exists(), path
-    files = set(re.findall(r"`(\w+\.yaml)`", TEXT.split("## Several GPUs")[1].split("```")[0]))
-    assert files == {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    for program in re.findall(r"python ((?:benchmarks|demo)/\w+\.py)", TEXTS[page]):
+        assert (ROOT / program).is_file(), program
+
+
+@pytest.mark.parametrize("page", sorted(TEXTS))
+def test_named_targets_of_make_exist(page):
+    targets = re.findall(r"^([a-z][a-z0-9 -]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"(?:`|^    )make ([a-z][\w-]*)", TEXTS[page], re.MULTILINE))
+    assert named <= set(" ".join(targets).split())
+
+
+def test_every_page_and_configuration_is_linked_or_named():
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)", TEXTS["README.md"]))
+    assert linked >= PAGES.keys() - {"README.md"}
+    named = set(re.findall(r"`(\w+\.yaml)`", TEXTS["docs/several-gpus.md"]))
+    assert named == {path.name for path in (ROOT / "configs").glob("*.yaml")}
 
 
 def test_python_blocks_compile():
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 1
-    for block in blocks:
-        compile(block, "README.md", "exec")
-
-
-def test_parts_that_a_newcomer_looks_for():
-    assert re.findall(r"^## (.*)$", TEXT, re.MULTILINE) == [
-        "What these scripts have",
-        "Install",
-        "The dog example",
-        "The ten flags that matter",
-        "When it does not work",
-        "Other dogs",
-        "Text encoders",
-        "Blocks and layers",
-        "Data",
-        "Low memory",
-        "Several GPUs",
-        "Stopping and resuming",
-        "What is in the result",
-    ]
+    blocks = [(name, block) for name in PAGES for block in re.findall(r"```python\n(.*?)```", TEXTS[name], re.DOTALL)]
+    assert blocks
+    for name, block in blocks:
+        compile(block, name, "exec")

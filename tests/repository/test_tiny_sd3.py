@@ -1,4 +1,4 @@
-"""The tiny checkpoint: it is a whole pipeline, in every shape that the other tests ask for."""
+"""The tiny checkpoint is a complete pipeline, in every shape that the tests use."""
 
 import json
 

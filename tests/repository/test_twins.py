@@ -1,7 +1,6 @@
-"""The rule of the twins: what both scripts define is the same text in both, except what makes the difference of LoRA.
+"""The twins: definitions in both scripts have the same text, except for those that make LoRA differ.
 
-So that `diff train_dreambooth_sd3.py train_dreambooth_lora_sd3.py` is the explanation of LoRA, and no fix reaches only
-one of them.
+So `diff train_dreambooth_sd3.py train_dreambooth_lora_sd3.py` explains LoRA, and a fix always reaches both scripts.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""The end is safe: weights first, and what fails after them is named. Secrets are in no file and on no line."""
+"""Weights are saved first, and what fails afterwards is named. Secrets are in no file and on no line."""
 
 import json
 import os

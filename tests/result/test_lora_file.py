@@ -1,4 +1,4 @@
-"""The adapters' file: one for every loader, which applies them as they were trained; and which layers are in it."""
+"""The LoRA file: every loader applies it with the strength of training; and which layers are in it."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -160,7 +160,7 @@ def targets(lora, argv, **flags):
     args = lora.parse_args(argv(**flags))
     with isolated():
         accelerator = lora.start_accelerator(args)
-        return lora.choose_targets(args, lora.read_pipeline(args), accelerator)["transformer"]
+        return lora.choose_targets(args, lora.read_pipeline(args), accelerator, None)["transformer"]
 
 
 @pytest.mark.parametrize(

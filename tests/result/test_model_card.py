@@ -1,5 +1,4 @@
-"""The model card: what it says of the base model and of the run, that its program runs as printed, and what of a
-person's it leaves alone."""
+"""The model card: what it says of base model and run, that its program runs, and that a person's card is kept."""
 
 import re
 from types import SimpleNamespace

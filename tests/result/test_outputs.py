@@ -1,4 +1,4 @@
-"""What a run leaves behind loads in diffusers, and draws what the model in memory drew."""
+"""The result loads in diffusers and draws what the model in memory drew."""
 
 import numpy as np
 import pytest

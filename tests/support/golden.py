@@ -1,8 +1,8 @@
-"""Losses of 20 updates and a small checkpoint of each script, kept so that a change of either is seen.
+"""Losses of 20 updates and a small checkpoint of each script, kept to notice any change.
 
-    make golden    # writes golden.json and checkpoints/ beside this file anew, where a change is meant
+    make golden    # writes golden.json and checkpoints/ beside this file again, if a change is meant
 
-The base's weights and the pictures are drawn here by means that do not change with the libraries' versions.
+The base's weights and the pictures are made here in a way that does not change with the libraries' versions.
 """
 
 import json

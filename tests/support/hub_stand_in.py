@@ -1,7 +1,7 @@
 """A Hugging Face Hub on the loopback: what create_repo, upload_folder, model_info and hf_hub_download talk to.
 
-It keeps every byte it is sent and every request, refuses a wrong token, and fails on demand. huggingface_hub reads its
-settings when it is imported, so a client has to be a process of its own, with `HubStandIn.environment`:
+It records every request and every byte, refuses a wrong token, and fails on demand. huggingface_hub reads its settings
+when it is imported, so a client must be a separate process, started with `HubStandIn.environment`:
 
     with HubStandIn() as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(home)})

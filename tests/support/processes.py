@@ -32,7 +32,9 @@ def fsdp2_environment():
     section = yaml.safe_load((ROOT / "configs/fsdp2.yaml").read_text())["fsdp_config"]
     section["fsdp_transformer_cls_to_wrap"] = section.pop("fsdp_transformer_layer_cls_to_wrap")
     flags = {"ACCELERATE_USE_FSDP": True, "ACCELERATE_USE_CPU": False, **section}
-    return {name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in flags.items()}
+    return {
+        name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in flags.items()
+    }
 
 
 def become(rank, count, log, environment):
@@ -45,8 +47,8 @@ def become(rank, count, log, environment):
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout = open(1, "w", closefd=False, buffering=1)
-    sys.stderr = open(2, "w", closefd=False, buffering=1)
+    sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115  it stays open
+    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
     logging.getLogger().handlers.clear()  # pytest's
 
 

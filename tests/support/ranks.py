@@ -1,12 +1,11 @@
-"""Runs the scripts several times over in one set of processes, and writes down what each process did.
+"""Runs the scripts several times in one set of processes, and records what each process did.
 
     torchrun --standalone --nproc_per_node 2 tests/support/ranks.py CASES.json
 
-CASES.json lists {"script": "full" or "lora", "argv": [...], "record": path}, with "draw_fast" or not, and what a case
-needs besides: "exit", the code that it ends with; "tell", {"name", "call", "rank"}: SIGTERM reaches that rank within
-that call of that function; "levels": what of a thousand noise levels reaches the model is written down. The record of
-rank R is path.R, a file for torch.load. One start of the processes, which takes most of the time of a tiny run, serves
-all cases.
+CASES.json lists {"script": "full" or "lora", "argv": [...], "record": path}. Optional are "draw_fast"; "exit", the
+expected exit code; "tell", {"name", "call", "rank"}: that rank gets SIGTERM in that call of that function; "levels":
+record which of a thousand noise levels reach the model. The record of rank R is path.R, a file for torch.load. All
+cases share one start of the processes, which takes most of the time of a tiny run.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """A random Stable Diffusion 3 pipeline in diffusers layout, written in a second and without a network.
 
-Everything a real checkpoint has is there, only small: both CLIPs, T5, their tokenizers, VAE, transformer, scheduler.
-The tests and the demo train on it. The tokenizers' files are written here, in the form that transformers 4 and 5 read
-alike, and give the same ids in both.
+It has everything that a real checkpoint has, only small: both CLIPs, T5, their tokenizers, VAE, transformer,
+scheduler. The tests train on it. The tokenizers' files are written here in a form that transformers 4 and 5 both read,
+and give the same ids in both.
 """
 
 import json

@@ -1,24 +1,25 @@
-"""A CUDA card that is not there: runs the scripts on it to find tensors, models and generators of the wrong device.
+"""A simulated CUDA card: running the scripts on it finds tensors, models and generators on the wrong device.
 
     python tests/support/virtual_device.py train_dreambooth_sd3.py --flags
     python tests/support/virtual_device.py          runs of the scripts, one a line of standard input: see `serve`
 
-The device is PyTorch's open one, PrivateUse1: to the dispatcher, autograd and autocast a device like any other, with
-memory of the CPU. One kernel serves all operators, `fallback`: it refuses arguments of two devices, as CUDA does, and
-calls the CPU's kernel on the same memory. So a run in float32 ends in the weights of one on the CPU, bit for bit.
-PyTorch lets no such device be called "cuda". Its name is "cuda" and a NUL, where C++ ends what it shows to Python:
-`tensor.device.type == "cuda"` holds. The other way a TorchFunctionMode replaces "cuda" in calls of PyTorch, and
-torch.cuda answers as with one card. Accelerate, diffusers and the scripts then take the branches of a GPU.
+The device is PyTorch's PrivateUse1. To the dispatcher, autograd and autocast it is a device like any other; its memory
+is the CPU's. One kernel, `fallback`, serves all operators: it refuses arguments on two devices, as CUDA does, and
+calls the CPU's kernel on the same memory. So a float32 run ends with the weights of a run on the CPU, bit for bit.
+PyTorch does not allow the name "cuda" for such a device. Its name is "cuda" and a NUL, where C++ ends the text it
+hands to Python, so `tensor.device.type == "cuda"` holds. In the other direction a TorchFunctionMode replaces "cuda" in
+calls of PyTorch, and torch.cuda answers as if there were one card. Accelerate, diffusers and the scripts then run
+their code for a GPU.
 
-What it shows: tensors, indices and generators that are on the other device; branches for CUDA that fail, among them
-fused and foreach optimizers, GradScaler, pinned memory and the random states of checkpoints; dtypes under autocast,
-which follows CUDA's lists; and how often the host waits for the device, in `counts`.
+What it shows: tensors, indices and generators on the wrong device; failing code for CUDA, such as fused and foreach
+optimizers, GradScaler, pinned memory and the random states of checkpoints; dtypes under autocast, which follows CUDA's
+lists; and how often the host waits for the device, in `counts`.
 
-What it cannot show: how much memory a run needs; races of copies that do not block, for there are no streams; CUDA's
-kernels, their rounding and what they refuse; several devices; torch.compile; and kernels of bitsandbytes, which are
-the CPU's here.
+What it cannot show: how much memory a run needs; races of non-blocking copies, because copies are done at once; CUDA's
+kernels, their rounding and what they refuse; several devices; torch.compile; and bitsandbytes' kernels, which here are
+those for the CPU.
 
-It leans on parts of PyTorch that are private (PRIVATE): they can change with any version.
+It depends on private parts of PyTorch (PRIVATE), which can change with any version.
 """
 
 import atexit
@@ -441,7 +442,7 @@ def serve():
     from conftest import isolated, pytest
     from ranks import draw_fast
 
-    seen = []
+    seen, errors, kept = [], sys.stderr, []
     draw_fast(pytest.MonkeyPatch())
     register_optimizer_step_post_hook(lambda *_: seen.append(waits()))
     print(json.dumps("ready"), file=answers, flush=True)
@@ -454,6 +455,8 @@ def serve():
             error = ""
         except (Exception, SystemExit):
             error = traceback.format_exc()
+        kept.append(sys.stderr)  # a script puts its own there, which closes the file when it is forgotten
+        sys.stderr = errors
         for name in [name for name, module in sys.modules.items() if module is None]:
             del sys.modules[name]  # what a script has hidden from the libraries
         print(json.dumps({"error": error, "waits": seen}), file=answers, flush=True)

@@ -1,8 +1,8 @@
-"""The storage side of the xet protocol, as far as an upload needs it: files put together again from what was sent.
+"""The storage side of the xet protocol, as far as an upload needs it: it puts files together from what was sent.
 
-The formats are those of https://huggingface.co/docs/xet (pages xorb and shard). A xorb is a row of chunks, each with a
-header of 8 bytes; a shard says, for each file, its SHA-256 and which chunks of which xorbs it consists of. Hashes of
-xorbs are not checked: the files' SHA-256 are.
+The formats are those of https://huggingface.co/docs/xet (pages xorb and shard). A xorb is a row of chunks, each with
+an 8-byte header; a shard lists for each file its SHA-256 and the chunks of xorbs that it consists of. The files'
+SHA-256 are checked, the xorbs' hashes are not.
 """
 
 import hashlib

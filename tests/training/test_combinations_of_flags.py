@@ -1,4 +1,4 @@
-"""Every combination of flags trains: each row of CASES is a short run of main, in this process, by both scripts."""
+"""Every combination of flags trains: each row of CASES is a short run of main in this process, by both scripts."""
 
 import functools
 import inspect
@@ -265,8 +265,8 @@ def test_an_image_meets_its_own_caption(script, run, settings, monkeypatch, pict
     run(script, **settings(case | {"cache_latents": cached, "center_crop": True}))
     vae, expected = AutoencoderKL.from_pretrained(checkpoints(), subfolder="vae"), {}
     for path, caption in zip(sorted(pictures(5).iterdir()), CAPTIONS, strict=True):
-        pixels = script.scale_image(script.open_image(path, 32, 0), (32, 32))
-        pixels = script.crop_image(pixels, (32, 32), torch.Generator(), True, False)
+        image = script.open_image(path, 32, 0)
+        pixels = script.crop_image(image, (32, 32), torch.Generator(), True, False)
         data = script.encode_moments(vae, pixels[None])[0] if cached else pixels
         expected.setdefault(" ".join(caption.split()) or "a photo of sks dog", []).append(data)
     met = [(prompt, data) for batch in batches for prompt, data in zip(batch["prompts"], batch["data"], strict=True)]

@@ -1,4 +1,4 @@
-"""torch.compile, asked for by accelerate's settings: what is compiled when, and what is left of it in the files."""
+"""torch.compile, by accelerate's settings: what is compiled when, and that the files show nothing of it."""
 
 import functools
 

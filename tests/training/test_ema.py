@@ -1,4 +1,4 @@
-"""--use_ema: the average is what the formula says, is drawn and saved, and survives a stop."""
+"""--use_ema: the average follows the formula, is drawn and saved, and survives a stop."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Full training on a small card: each weight updated within the backward pass, in bfloat16, with the same results."""
+"""Full training on a small card: each weight is updated in the backward pass, or kept in bfloat16."""
 
 import functools
 import json

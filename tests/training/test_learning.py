@@ -1,4 +1,4 @@
-"""That training teaches: on the demo's pipeline, which has learned its world, the subject's pictures are learned."""
+"""Training teaches: the demo's pipeline, which knows its world, learns the subject from its pictures."""
 
 import shutil
 import sys

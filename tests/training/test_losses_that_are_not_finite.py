@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite never reaches the weights; the scaler's own skips are told apart."""
+"""A loss or gradient that is not finite never reaches the weights; the scaler's own skips are told apart."""
 
 import logging
 import math
@@ -6,7 +6,6 @@ import types
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import in_turn, isolated
 
 

@@ -1,4 +1,4 @@
-"""Nothing of a user's is lost or silently changed: folders in use, folders of another run, settings from elsewhere."""
+"""Nothing of a user's is lost or changed silently: folders in use, folders of another run, settings from elsewhere."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The base in 8 or 4 bit. diffusers asks for a GPU, and the tests look away: bitsandbytes itself trains on a CPU."""
+"""A base in 8 or 4 bits. diffusers asks for a GPU; the tests skip its check, as bitsandbytes trains on a CPU too."""
 
 import json
 import sys

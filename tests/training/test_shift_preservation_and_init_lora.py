@@ -1,4 +1,4 @@
-"""What people fine-tune SD3 with elsewhere: shift, preservation without class images, a start from another LoRA."""
+"""Ways to fine-tune SD3 known from other programs: shift, output preservation, and starting from another LoRA."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The pictures that a run leaves on disk."""
+"""The image files that a run writes."""
 
 from PIL import Image, ImageChops
 

@@ -1,4 +1,4 @@
-"""What the trackers are sent: the same names and numbers everywhere, on the axis of updates, and no secret."""
+"""What trackers receive: the same names and numbers everywhere, by update, and no secret."""
 
 import importlib.util
 import json

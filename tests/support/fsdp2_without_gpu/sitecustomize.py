@@ -1,4 +1,4 @@
-"""accelerate's FSDP2 code over gloo: on a CPU accelerate would pass FSDP2 over in silence."""
+"""Lets accelerate's FSDP2 code run over gloo: on a CPU accelerate would ignore FSDP2 silently."""
 
 import os
 
