@@ -20,9 +20,9 @@ content right           and turned back it shows the thing asked for, in combina
 without the phrase      "a photo of ...": nearer to the world's own pictures
 
 Everything is drawn from fixed seeds, in 14 steps: 28 give the same shares. Thing, colour and place are judged by
-demo/classifier.py, magenta and turquoise by a count of pixels. A run is measured on few pictures, so that a table of
-three seeds takes half an hour of one core: 32 of the subject, 32 of other dogs and 16 of other things, or 32 in the
-style and 32 without its phrase. A share of one half is then uncertain by 5 points, one of nine tenths by 3.
+demo/classifier.py, magenta and turquoise by a count of pixels. Each run draws only a few pictures, so that both tables
+take half an hour of one core for three seeds: 32 of the subject, 32 of other dogs and 16 of other things; 32 in the
+style and 32 without its phrase. From three seeds, a share of 50 is uncertain by 5 points, and one of 90 by 3.
 """
 
 import argparse

@@ -10,6 +10,8 @@ sharpness    energy of the Laplacian of the grey picture: what is blurred has le
 likeness     every patch of 8 x 8 pixels is compared with those of other pictures of the world with the same caption:
              the distance to the nearest, for the world's own pictures over that of the set; what the world has
              nowhere, a head that dissolves or a blurred edge, is far from all
+
+The committed pipeline: 97 and 93 for the VAE, 100 and 53 for what is drawn.
 """
 
 import argparse

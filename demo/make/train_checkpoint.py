@@ -4,9 +4,9 @@
     python demo/make/train_checkpoint.py --work FOLDER --varied 32768 --pictures 65536 \\
         --vae_steps inf --decoder_steps inf --steps inf --vae_minutes 1.1 --decoder_minutes 0.5 --minutes 4.2
 
-wrote the committed one in 372 s, on one H100 with 16 cores: 15 s to draw the pictures, 66 s for the VAE (3,947 steps),
-5 s for latents, 31 s for the decoder (3,496 steps), 255 s for the transformer (11,181 steps). Of what transformers 5.17
-writes the tokenizers' files are left out: it puts truncation and padding into them.
+This command wrote the committed pipeline in 372 s on an H100 with 16 cores: 15 s to draw pictures, 66 s for the VAE
+(3,947 steps), 5 s for latents, 31 s for the decoder (3,496 steps) and 255 s for the transformer (11,181 steps). Only the
+tokenizers' files are older: transformers 5.17 writes truncation and padding into them.
 
 Four stages: the VAE, on pictures more varied than the world's; the latents of the training pictures, once; the
 VAE's decoder on such latents; and the transformer together with the three text encoders, by the rectified-flow loss.
