@@ -187,9 +187,10 @@ def test_tensors_on_the_disk(script, tmp_path):
     """A key alone finds what any process has written."""
     args = SimpleNamespace(output_dir=tmp_path)
     tensors = {"states": torch.arange(12.0).view(1, 3, 4), "pooled": torch.arange(4).bfloat16().expand(3, 4)}
+    batch = {name: tensor[None] for name, tensor in tensors.items()}
     key = "a/b\n\U0001f436" * 100
     with isolated():
-        script.TensorFolder(args, "text").fill(Accelerator(cpu=True), [key], lambda key: tensors, "Encoding")
+        script.TensorFolder(args, "text").fill(Accelerator(cpu=True), [key], lambda keys: batch, "Encoding")
     found = script.TensorFolder(args, "text")[key]
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -121,6 +121,7 @@ def batch_of(images, mask=None):
 def test_loss_equals_the_paper(script, scheduler, images, scheme, precondition, prior):
     args = SimpleNamespace(weighting_scheme=scheme, precondition_outputs=precondition)
     args.with_prior_preservation, args.prior_loss_weight = prior is not None, prior
+    args.output_preservation_weight = 0.0
     inputs = batch_of(images)
     losses, prediction = script.flow_losses(args, stand_in, scheduler, *inputs)
     expected = [paper_loss(scheme, precondition, {k: v[i] for k, v in images.items()}) for i in range(6)]

@@ -46,7 +46,7 @@ def test_a_step_that_fails_costs_no_weights(script, kind, argv, monkeypatch, cap
     assert (out / "README.md").is_file() == ("write_card" not in names)
     assert (out / "image_0.png").is_file() == (names == ["write_card"])
     with isolated():
-        plain = {"validation_prompt": None, "num_validation_images": None, "output_dir": tmp_path / "plain"}
+        plain = {"output_dir": tmp_path / "plain"}
         monkeypatch.undo()
         script.main(script.parse_args(argv(**flags | plain)))
     assert weights(out, kind) == weights(tmp_path / "plain", kind)
