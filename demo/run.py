@@ -73,6 +73,7 @@ RUNS = {  # rows of the table; the first two are the demo
     "LoRA": LORA,
     "LoRA with prior preservation": LORA | PRIOR,
     "LoRA with output preservation": LORA | OUTPUT,
+    "LoRA, recipe for a subject": LORA | UNIFORM,
     "LoRA, rank 4": LORA | {"--rank": 4},
     "LoRA, rank 4, recipe for a subject": LORA | {"--rank": 4} | UNIFORM,
     "full": FULL,

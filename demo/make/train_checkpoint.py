@@ -5,7 +5,7 @@
         --vae_steps inf --decoder_steps inf --steps inf --vae_minutes 1.1 --decoder_minutes 0.5 --minutes 4.2
 
 This command wrote the committed pipeline in 372 s on an H100 with 16 cores: 15 s to draw pictures, 66 s for the VAE
-(3,947 steps), 5 s for latents, 31 s for the decoder (3,496 steps) and 255 s for the transformer (11,181 steps). Only the
+(3,947 steps), 5 s for latents, 31 s for the decoder (3,496 steps) and 255 s for the transformer (11,181 steps). The
 tokenizers' files are older: transformers 5.17 writes truncation and padding into them.
 
 Four stages: the VAE, on pictures more varied than the world's; the latents of the training pictures, once; the
