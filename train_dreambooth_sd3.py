@@ -43,6 +43,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -1672,8 +1673,9 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
 
     Errors: ValueError for latents that are not finite.
     """
-    embeds, pooled = frozen.embed([prompt] * len(seeds))
-    empty_embeds, empty_pooled = frozen.embed([""] * len(seeds))
+    count = len(seeds)
+    embeds, pooled = frozen.embed([prompt] * count)
+    empty_embeds, empty_pooled = frozen.embed([""] * count)
     absent = dict.fromkeys(("vae", *TEXT_ENCODERS, *TOKENIZERS))
     scheduler = type(frozen.scheduler).from_config(frozen.scheduler.config)
     pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **absent)
@@ -1711,11 +1713,12 @@ def decode_latents(args, transformer, vae, latents):
 def add_class_images(args, parts, accelerator, dataset):
     """Adds the class images to the dataset; those that --class_data_dir lacks are drawn into it before."""
     present = list_images(args.class_data_dir)
-    taken = {path.name.split("-")[0] for path in present}  # an interrupted run may have left gaps
+    taken = {path.name.split("-")[0] for path in present}  # an interrupted run or a user may have left gaps
     free = [number for number in range(args.num_class_images) if str(number) not in taken]
+    lacking = max(args.num_class_images - len(present), 0)
     accelerator.wait_for_everyone()  # until all have counted: then some start to draw
-    if len(present) < args.num_class_images:
-        draw_class_images(args, parts, accelerator, free[: args.num_class_images - len(present)])
+    if lacking:
+        draw_class_images(args, parts, accelerator, free[:lacking])
         training_utils.free_memory()
     images = list_images(args.class_data_dir)[: args.num_class_images]
     dataset.add_images("class", "--class_data_dir", images, [(args.class_prompt,)] * len(images))
@@ -1735,11 +1738,12 @@ def draw_class_images(args, parts, accelerator, numbers):
     for first in tqdm(firsts, desc="Drawing class images", disable=not accelerator.is_main_process):
         batch = mine[first : first + args.sample_batch_size]
         seeds = [derive_seed(args.seed, "class drawing", number) for number in batch]
-        with or_refuse(f"class images cannot be drawn in {dtype} or written: {remedy}"), torch.no_grad():
+        with or_refuse(f"class images cannot be drawn in {dtype}: {remedy}"), torch.no_grad():
             images = draw_images(args, transformer, frozen, args.class_prompt, seeds)
-            for number, image in zip(batch, images, strict=True):
-                digest = derive_seed(image.tobytes())
-                save_image(image, Path(args.class_data_dir, f"{number}-{digest:x}.png"))
+        for number, image in zip(batch, images, strict=True):
+            digest = hashlib.sha256(image.tobytes()).hexdigest()
+            with or_refuse(f"--class_data_dir {args.class_data_dir!r} cannot be written"):
+                save_image(image, Path(args.class_data_dir, f"{number}-{digest[:16]}.png"))
     accelerator.wait_for_everyone()
 
 
@@ -1755,13 +1759,13 @@ def share(accelerator, count):
 
     Under FSDP2 all processes must take part in each forward pass.
     """
-    processes = accelerator.num_processes
-    return [number % count for number in range(accelerator.process_index, count + -count % processes, processes)]
+    padded = math.ceil(count / accelerator.num_processes) * accelerator.num_processes
+    return [number % count for number in range(accelerator.process_index, padded, accelerator.num_processes)]
 
 
-def gather_values(found):
-    """The values that all processes have found, in the order of their keys."""
-    return [value for _, value in sorted(dict(utils.gather_object([*found.items()])).items())]
+def gather_dict(found):
+    """The entries that all processes have found, in the order of their keys."""
+    return dict(sorted(utils.gather_object(list(found.items()))))
 
 
 HELD_OUT_LEVELS = 8  # noise levels, spread evenly
@@ -1815,16 +1819,16 @@ def validate(args, accelerator, trained, frozen, state):
             with attempt(failed, what, kind):
                 images[number] = draw_validation_image(args, transformer, frozen, number)
     training_utils.free_memory()
-    losses = gather_values(losses)
-    images = gather_values(images)
+    losses = gather_dict(losses)
+    images = gather_dict(images)
     failed = utils.gather_object(failed)
     paths = []
     if accelerator.is_main_process:
         with attempt(failed, what):
             if len(losses) == held_out > 0:
-                log_held_out(accelerator, losses, state)
+                log_held_out(accelerator, list(losses.values()), state)
             if len(images) == wanted > 0:
-                paths = save_validation(args, accelerator, images, state)
+                paths = save_validation(args, accelerator, list(images.values()), state)
     if state.finished and failed:
         state.failed.append(what)
     return paths
@@ -1833,12 +1837,16 @@ def validate(args, accelerator, trained, frozen, state):
 def draw_validation_image(args, transformer, frozen, number):
     """A validation image; numbers count prompt after prompt, and image i of each prompt is drawn from seed + i."""
     row, column = divmod(number, args.num_validation_images)
-    options = {
-        "num_inference_steps": args.validation_num_inference_steps,
-        "guidance_scale": args.validation_guidance_scale,
-    }
-    prompt = args.validation_prompt[row]
-    return draw_images(args, transformer, frozen, prompt, [args.seed + column], **options)[0]
+    (image,) = draw_images(
+        args,
+        transformer,
+        frozen,
+        args.validation_prompt[row],
+        [args.seed + column],
+        num_inference_steps=args.validation_num_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+    )
+    return image
 
 
 def save_validation(args, accelerator, images, state):
@@ -1846,18 +1854,16 @@ def save_validation(args, accelerator, images, state):
     title = "test" if state.finished else "validation"
     pattern = "image_{}.png" if state.finished else f"validation/step-{state.step:06d}-{{}}.png"
     paths = [Path(args.output_dir, pattern.format(number)) for number in range(len(images))]
-    grid = Path(args.output_dir, pattern.format("grid"))
-    grid.parent.mkdir(exist_ok=True)
+    paths[0].parent.mkdir(exist_ok=True)
     for path, image in zip(paths, images, strict=True):
         save_image(image, path)
     prompts = args.validation_prompt
-    save_image(make_image_grid(images, len(prompts), args.num_validation_images), grid)
-    rows = {title: np.stack(images)}
-    if len(prompts) > 1:
-        rows = {}
-        for prompt, pixels in zip(prompts, np.split(np.stack(images), len(prompts)), strict=True):
-            words = re.sub(r"\W+", "_", prompt)[:60]  # trackers make it part of a file's name
-            rows[f"{title}_{words}"] = pixels
+    grid = make_image_grid(images, len(prompts), args.num_validation_images)
+    save_image(grid, Path(args.output_dir, pattern.format("grid")))
+    rows = {}
+    for number, pixels in enumerate(np.split(np.stack(images), len(prompts))):
+        words = re.sub(r"\W+", "_", prompts[number])[:60]  # trackers make it part of a file's name
+        rows[f"{title}_{number}_{words}" if len(prompts) > 1 else title] = pixels
     for tracker in accelerator.trackers:
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         if hasattr(tracker, "log_images"):
@@ -1877,6 +1883,20 @@ def public_name(value):
     return value
 
 
+def describe_flags(args):
+    """The flags that were given, as on a command line, without secrets and folders above files: a card is public."""
+    parser = build_parser()
+    words = []
+    for name, value in vars(args).items():
+        if value == parser.get_default(name) or name in ("output_dir", "local_rank", "hub_token"):
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            values = value if isinstance(value, list) else [value]
+            words += [public_name(str(each)) for each in values]
+    return shlex.join(words)
+
+
 def describe_cost(state):
     """What the updates took since the run was started or resumed, and the last held-out loss."""
     updates = len(state.seconds)
@@ -1888,12 +1908,17 @@ def describe_cost(state):
 
 
 def describe_result(args, parts, repository, state):
-    """The model card's text: what was trained, from what, at what cost, and the program that loads it."""
+    """The model card's text: what was trained, the program that loads it, and the flags."""
     base = public_name(args.pretrained_model_name_or_path)
-    own = args.pretrained_transformer_model_name_or_path
-    trained = f"{base} with the transformer {public_name(own)}" if own else base
     given = {"revision": args.revision, "variant": args.variant}
     options = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+    own = args.pretrained_transformer_model_name_or_path
+    if own:
+        call = f"from_pretrained({public_name(own)!r}"
+        if own.endswith(".safetensors"):
+            call = f"from_single_file({public_name(own)!r}, config={base!r}"
+        call += ", subfolder='transformer', torch_dtype=torch.bfloat16)"
+        options += f", transformer=diffusers.SD3Transformer2DModel.{call}"
     source = RESULT["pipeline"].format(base=base, options=options, result=repository)
     if "text_encoder_3" not in parts:
         source += ", text_encoder_3=None, tokenizer_3=None"
@@ -1901,17 +1926,21 @@ def describe_result(args, parts, repository, state):
     prompts = args.validation_prompt or [args.instance_prompt or ""]
     return f"""# {RESULT["title"]} - {repository}
 
-DreamBooth weights for {trained}, trained for {state.step} updates.{subject} {describe_cost(state)}.
+DreamBooth weights for {base}, trained for {state.step} updates.{subject} {describe_cost(state)}.
 
 ```py
+import diffusers
 import torch
-from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
+pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained({source}, torch_dtype=torch.bfloat16)
 {RESULT["usage"].format(repository)}
 pipeline.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
 pipeline({prompts[0]!r}, **size).images[0].save("image.png")
+```
+
+```sh
+{describe_flags(args)}
 ```
 
 The base model's [licence]({LICENCE}) holds for these weights.
@@ -1929,10 +1958,6 @@ def write_card(args, parts, repository, state, image_paths):
     A card that a person wrote or changed gets another name.
     """
     base = args.pretrained_model_name_or_path
-    widget = []
-    for number, path in enumerate(image_paths):
-        prompt = args.validation_prompt[number // args.num_validation_images]
-        widget.append({"text": prompt, "output": {"url": path.name}})
     data = huggingface_hub.ModelCardData(
         license="other",
         license_name="stabilityai-ai-community",
@@ -1942,9 +1967,13 @@ def write_card(args, parts, repository, state, image_paths):
         tags=["text-to-image", "diffusers-training", "diffusers", "sd3", "sd3-diffusers", *RESULT["tags"]],
         base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base is not an id
         instance_prompt=args.instance_prompt,
-        widget=widget or None,
+        widget=[
+            {"text": args.validation_prompt[number // args.num_validation_images], "output": {"url": path.name}}
+            for number, path in enumerate(image_paths)
+        ]
+        or None,
     )
-    gallery = "<Gallery />" if widget else ""
+    gallery = "<Gallery />" if image_paths else ""
     text = describe_result(args, parts, repository, state)
     path = Path(args.output_dir, "README.md")
     if path.is_file():
@@ -1962,8 +1991,8 @@ def open_repository(args, accelerator):
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
     remedy = "give --hub_model_id USER/NAME, a token that may write (`hf auth login`, HF_TOKEN), huggingface_hub 1.5"
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
-        options = {"private": args.hub_private_repo or None, "exist_ok": True, "token": args.hub_token}
-        repository = huggingface_hub.create_repo(repository, **options).repo_id
+        options = {"private": args.hub_private_repo or None, "exist_ok": True}
+        repository = huggingface_hub.create_repo(repository, **options, token=args.hub_token).repo_id
         huggingface_hub.auth_check(repository, write=True, token=args.hub_token)  # create_repo takes any token
     return repository
 
