@@ -43,6 +43,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys

@@ -94,11 +94,10 @@ def test_validation(script, kind, run, events, train_text_encoder):
     seeds = [11, 12]
     assert drawn == {(step, seed): 1 for step in (2, 6) for seed in seeds}, "the last epoch's are those of the end"
 
-    # Each part is loaded once, none for an image; the full script loads those it copies into the result once more.
+    # Each part is loaded once, none for an image.
     names = [what for what, _ in found]
     before, after = found[: names.index("trained")], found[names.index("saved") :]
-    times = 1 if hasattr(script, "LORA_LAYERS") else 2
-    assert Counter(value for what, value in before if what == "load").most_common(1)[0][1] == times
+    assert Counter(value for what, value in before if what == "load").most_common(1)[0][1] == 1
     during = found[names.index("update") : len(names) - 1 - names[::-1].index("update")]
     assert not [value for what, value in during + after if what == "load"]
 
@@ -132,7 +131,10 @@ def test_validation(script, kind, run, events, train_text_encoder):
 
 
 def test_validation_changes_no_update(script, kind, run, tmp_path):
-    """The losses of a run are the same with and without images, as no draw depends on another."""
+    """The losses of a run are the same with and without images, as no draw depends on another.
+
+    Up to rounding: a prompt that is encoded beside another one differs in its last bit.
+    """
     curves = []
     for number, prompt in enumerate([PROMPT, None]):
         flags = SETTINGS | {"validation_prompt": prompt, "validation_epochs": 1, "num_validation_images": 1}
@@ -141,7 +143,7 @@ def test_validation_changes_no_update(script, kind, run, tmp_path):
         board = EventAccumulator(str(output / "logs" / PROJECTS[kind])).Reload()
         curves.append([point.value for point in board.Scalars("loss")])
     assert len(curves[0]) == 4
-    assert curves[0] == curves[1]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
 
 
 def test_no_prompt_no_images(script, run, events):
