@@ -173,8 +173,14 @@ def test_trackio(lora, run, monkeypatch):
     [
         ({"report_to": "wandb"}, "--report_to wandb: could not start a tracker"),  # nobody is logged in
         ({"report_to": "tensorbord"}, "--report_to 'tensorbord' is unknown: choose from tensorboard, wandb, "),
-        ({"report_to": "wandb", "tracker_run_name": "../x"}, "--tracker_run_name '../x' leads out of --output_dir"),
-        ({"report_to": "tensorboard", "logging_dir": "/logs"}, "--logging_dir '/logs' leads out of --output_dir"),
+        (
+            {"report_to": "wandb", "tracker_run_name": "../../x"},
+            "--logging_dir, --tracker_run_name, --tracker_project_name: '../x",
+        ),
+        (
+            {"report_to": "tensorboard", "logging_dir": "/logs"},
+            "--logging_dir, --tracker_run_name, --tracker_project_name: '/logs",
+        ),
         ({"report_to": "wandb", "hub_token": "hf_secret"}, "--hub_token would be readable in wandb: "),
     ],
 )
