@@ -1746,8 +1746,9 @@ def resume(accelerator, checkpoint, trained, state):
     for group in trained.optimizer.param_groups:
         settings.append({name: group[name] for name in SETTINGS})
     with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
+        device = device_of(accelerator) if is_split(accelerator) else "cpu"  # the optimizer moves a copy to the device
         for file, part in list_states(accelerator, trained).items():
-            saved = torch.load(Path(checkpoint, file), map_location=device_of(accelerator), weights_only=True)
+            saved = torch.load(Path(checkpoint, file), map_location=device, weights_only=True)
             part.load_state_dict(saved)
         if trained.average:
             weights = load_file(Path(checkpoint, AVERAGE), device=str(device_of(accelerator)))
