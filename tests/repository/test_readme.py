@@ -16,7 +16,7 @@ LAUNCHERS = (
     "accelerate launch --config_file --num_processes --multi_gpu --num_machines --machine_rank --main_process_ip"
 )
 OTHERS = "--help --flavor --timeout --secret --secrets --volume --exclude --repo-type --local-dir"  # hf, sky
-OTHERS += " --all --seeds --signals-to-handle"  # demo/run.py, torchrun
+OTHERS += " --all --seeds --signals-to-handle --json --kill-on-bad-exit"  # demo/run.py, torchrun, fits.py, srun
 TOPS = "benchmarks", "configs", "demo", "docs", "launch", "tests"
 
 
