@@ -144,7 +144,11 @@ def test_runs(kind, script, script_path, run, argv, device, captioned, tmp_path,
     for place in ("device", "cpu") if "mixed_precision" not in flags else ("device",):
         for length in runs:
             flags |= {"output_dir": tmp_path / place, "max_train_steps": length, "checkpointing_steps": runs[0]}
-            flags |= {"class_data_dir": tmp_path / f"{place}-class"} if "class_prompt" in flags else {}
+            flags |= (
+                {"class_data_dir": tmp_path.with_name(f"{tmp_path.name}-{place}-class")}
+                if "class_prompt" in flags
+                else {}
+            )
             flags |= {"resume_from_checkpoint": "latest"} if length > runs[0] else {}
             if place == "cpu":
                 run(script, **flags | {"blocks_to_swap": None})  # it needs a card
