@@ -26,7 +26,7 @@ test-newest: .venv-newest/ready ## the marked tests with the newest versions tha
 
 # If losses or the format of checkpoints are meant to change.
 golden: .venv/ready ## writes the losses and checkpoints that later versions are compared with
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/support/golden.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support $(BIN)/python tests/support/golden.py
 
 # Uses the first card, or CUDA_VISIBLE_DEVICES. cuBLAS reads its setting only once, before any test could set it.
 test-gpu: .venv/ready ## both scripts on a CUDA card against the CPU
