@@ -61,7 +61,6 @@ WAYS = {  # what is trained: rank of LoRA or 0, and flags, or how the base is ke
     "all, fused, 8-bit": (0, f"--use_8bit_adam {FUSED}"),
     "all, bf16, fused, 8-bit": (0, f"--use_8bit_adam {FUSED} --full_bf16"),
 }
-RATES = {"RTX 3060": 51, "RTX 3090": 71, "RTX 4090": 165, "L4": 121, "A100": 312, "H100": 989}  # TFLOP/s, dense bf16
 
 
 def attention_forward(query, key, value, *rest, **options):

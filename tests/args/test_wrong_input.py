@@ -58,7 +58,7 @@ PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt
             ),
             (
                 {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "0,32"},
-                "--aspect_ratio_buckets '0,32': give heigh",
+                "--aspect_ratio_buckets '0,32': give ",
             ),
             ({"adam_beta1": 1}, "argument --adam_beta1: 1 is out of range: give 0.0 or more, less than 1.0"),
             ({"seed": -1}, "argument --seed: -1 is out of range: give 0 or more, less than 4294967296"),
