@@ -2631,7 +2631,7 @@ def main(args):
             batches[:] = order_epoch(args, dataset, accelerator.num_processes, epoch, done)
             state.clock = time.perf_counter()
             for batch in loader:
-                if state.step >= total:
+                if state.step >= total or batch is None:  # accelerate 1.3 makes None of an empty epoch
                     break
                 with accelerator.accumulate(*trained.models.values()):
                     torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
