@@ -77,7 +77,7 @@ def weights(folder):
 def test_killed_at_any_moment_of_saving(script, argv, tmp_path, count, flags):
     fuse = Fuse(None)
     train(script, argv, fuse, output_dir=tmp_path / "whole", **flags)
-    assert fuse.count >= 30  # of the full script, which saves fewer files
+    assert fuse.count >= 25  # calls that write, in a run with its checkpoints
     expected = weights(tmp_path / "whole")
     moments = sorted({round(1 + n * (fuse.count - 1) / (count - 1)) for n in range(count)})
     assert len(moments) == count
