@@ -187,7 +187,14 @@ def test_a_run_with_loader_processes_ends_without_a_word_too_many(kind, argv, tm
 
 
 # Names that accelerate knows, or knew, of which a checkpoint of ours has none: they are not read.
-PLANTED = ("random_states_0.pkl", "scaler.pt", "sampler.bin", "dl_state_dict.bin", "pytorch_model.bin")
+PLANTED = (
+    "random_states_0.pkl",
+    "custom_checkpoint_0.pkl",
+    "scaler.pt",
+    "sampler.bin",
+    "dl_state_dict.bin",
+    "pytorch_model.bin",
+)
 
 
 class Forged:
