@@ -27,8 +27,6 @@ The twin, train_dreambooth_sd3.py, trains the whole transformer; `diff` of the t
 """
 
 import argparse
-import contextlib
-import dataclasses
 import errno
 import fnmatch
 import functools
@@ -43,32 +41,150 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
-LR_SCHEDULERS = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split()
-TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio".split()
 METHOD = "dreambooth-sd3-lora"
-PRECISIONS = ("no", "fp32", "fp16", "bf16")
-WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
+# Group by group each flag's name, kind of value (and default) and help, two spaces apart.
+FLAGS = """
+model
+  --pretrained_model_name_or_path    required               Hub id or folder of an SD3 model.
+  --pretrained_transformer_model_name_or_path  text                   Pipeline or .safetensors file of the transformer.
+  --revision                         text                   Hub revision of every part of the model.
+  --variant                          text                   Variant of the model's weight files, such as fp16.
+  --cache_dir                        text                   Where downloaded models and datasets are kept.
+  --no_t5                            switch                 Leave out T5: less memory, weaker text.
+
+data
+  --dataset_name                     text                   Hub id or folder, read by the datasets library.
+  --dataset_config_name              text                   Configuration of that dataset.
+  --instance_data_dir                text                   Folder with the subject's images, not --dataset_name.
+  --dataset_split                    text = train           Split of that dataset.
+  --image_column                     text = image           Dataset column with the images.
+  --caption_column                   text                   Dataset column with captions; empty: --instance_prompt.
+  --repeats                          int 1..10000 = 1       How often each instance image occurs in an epoch.
+  --instance_prompt                  text                   Prompt of images without a caption: 'a photo of sks dog'.
+  --caption_dropout                  float 0..1 = 0         Probability of training with the empty prompt.
+  --max_sequence_length              int 1..512 = 77        T5 tokens per prompt; CLIP has 77.
+  --resolution                       int 16..1e9 = 512      Side of the crop in pixels, a multiple of 16.
+  --use_aspect_ratio_buckets         switch                 Crop each image to the nearest of several shapes.
+  --aspect_ratio_buckets             text                   Shapes as H,W;H,W; unset: diffusers'.
+  --center_crop                      switch                 Crop the middle instead of a random place.
+  --random_flip                      switch                 Mirror half of the images.
+  --alpha_mask                       switch                 Weigh the loss by the alpha channel.
+  --dataloader_num_workers           int 0..1024 = 0        0 loads in the main process.
+
+prior preservation
+  --with_prior_preservation          switch                 Also train on class images, against drift.
+  --class_data_dir                   text                   Folder of class images; missing ones are drawn into it.
+  --class_prompt                     text                   Prompt of the class images: 'a photo of a dog'.
+  --num_class_images                 int 1..10000 = 100     Number of class images.
+  --prior_loss_weight                float 0..1e30 = 1      Weight of the class images' loss.
+  --sample_batch_size                int 1..10000 = 4       Class images drawn at once, on each process.
+  --prior_generation_precision       no|fp32|fp16|bf16      For class images; unset: --mixed_precision.
+
+training
+  --train_batch_size                 int 1..10000 = 4       Instance images per batch, on each process.
+  --num_train_epochs                 int 1..1e9 = 1         Epochs; --max_train_steps wins.
+  --max_train_steps                  int 1..1e9             Total updates of the optimizer.
+  --gradient_accumulation_steps      int 1..10000 = 1       Batches per update.
+  --gradient_checkpointing           switch                 Recompute activations in the backward pass.
+  --cache_latents                    switch                 Encode each image once, in one crop, and free the VAE.
+  --offload                          switch                 VAE and text encoders stay on the CPU between uses.
+  --use_ema                          switch                 Average the weights; validate and save the average.
+  --ema_decay                        float 0..1 = 0.9999    Its decay, at most (1 + n) / (10 + n) at step n.
+  --max_grad_norm                    float 1e-9..inf = 1    Clip the global gradient norm to this; inf: never.
+  --mixed_precision                  no|fp16|bf16           Unset: accelerate's configuration.
+  --allow_tf32                       switch                 TF32 matrix products on Ampere GPUs and later.
+  --seed                             int 0..4294967295      Unset: a random one, which checkpoints keep.
+  --full_determinism                 switch                 Equal runs give equal bits on a GPU too; slower.
+  --local_rank                       int -1..1e9 = -1       From old launchers; LOCAL_RANK is what counts.
+
+loss
+  --weighting_scheme                 sigma_sqrt|logit_normal|mode|cosmap|none = logit_normal  SD3 paper, 3.1.
+  --training_shift                   float 1e-30..1e30      Shift of the noise levels; unset: the scheduler's, 3.
+  --logit_mean                       float -1e30..1e30 = 0  Mean of the logit-normal density.
+  --logit_std                        float 1e-30..1e30 = 1  Standard deviation of the logit-normal density.
+  --mode_scale                       float -1..1.75 = 1.29  Scale of the mode density.
+  --precondition_outputs             int 0..1 = 1           1 compares clean latents, 0 velocities.
+
+optimizer
+  --optimizer                        adamw|prodigy = adamw  Case does not matter.
+  --learning_rate                    float 0..1e30 = 1e-4   Learning rate after warm-up.
+  --text_encoder_lr                  float 0..1e30 = 5e-6   Text encoders' rate; prodigy takes --learning_rate.
+  --scale_lr                         switch                 Multiply the rate by processes, accumulation and batch.
+  --lr_scheduler                     text = constant        linear, cosine, polynomial or another of diffusers.
+  --lr_warmup_steps                  int 0..1e9 = 500       Updates of warm-up.
+  --lr_num_cycles                    int 1..10000 = 1       Restarts of cosine_with_restarts.
+  --lr_power                         float 0..1e30 = 1      Power of polynomial.
+  --use_8bit_adam                    switch                 AdamW with 8-bit state, from bitsandbytes.
+  --adam_beta1                       float 0..1 = 0.9       First beta, also Prodigy's.
+  --adam_beta2                       float 0..1 = 0.999     Second beta, also Prodigy's.
+  --adam_weight_decay                float 0..1e30 = 1e-4   Weight decay of the transformer.
+  --adam_weight_decay_text_encoder   float 0..1e30 = 1e-3   Weight decay of the text encoders.
+  --adam_epsilon                     float 1e-30..1e30 = 1e-8  Epsilon, also Prodigy's.
+  --prodigy_beta3                    float 0..1             Unset: the square root of the second beta.
+  --prodigy_decouple                 boolean = True         Decoupled weight decay.
+  --prodigy_use_bias_correction      boolean = True         Adam's bias correction.
+  --prodigy_safeguard_warmup         boolean = True         Keep the rate out of D's denominator in warm-up.
+
+validation
+  --validation_prompt                texts                  Prompts of the images drawn along the way and after.
+  --validation_data_dir              text                   Held-out images: their loss at fixed noise is logged.
+  --num_validation_images            int 1..10000 = 4       Number of images of each prompt, each time.
+  --validation_epochs                int 1..1e9 = 50        Draw after the first epoch and then every so many.
+  --validation_num_inference_steps   int 1..10000 = 28      Denoising steps.
+  --validation_guidance_scale        float 0..1e30 = 7      Guidance; Turbo needs 0.
+  --skip_final_inference             switch                 Draw no images at the end.
+
+output
+  --output_dir                       text = sd3-dreambooth  Where everything is written.
+  --logging_dir                      text = logs            The trackers' folder inside output_dir.
+  --report_to                        text = tensorboard     Trackers that accelerate knows: wandb,aim; all; none.
+  --tracker_run_name                 text                   The run's name in wandb and in logging_dir.
+  --checkpointing_steps              int 1..1e9 = 500       Updates between checkpoints.
+  --checkpoints_total_limit          int 1..10000           How many of the newest to keep; unset: all.
+  --resume_from_checkpoint           text                   A checkpoint's path or name, or latest.
+  --dry_run                          switch                 Check the input and count the updates; train nothing.
+  --push_to_hub                      switch                 Upload the result when training ends.
+  --hub_token                        text                   Token for the upload; it is written nowhere.
+  --hub_model_id                     text                   Repository; unset: the name of output_dir.
+  --hub_private_repo                 switch                 Make a new repository private.
+"""
+METHOD_FLAGS = """
+lora
+  --tracker_project_name             text = dreambooth-sd3-lora  The trackers' project.
+  --train_text_encoder               switch                 Also train adapters on both CLIP encoders, never on T5.
+  --rank                             int 1..10000 = 4       Rank of the adapters.
+  --lora_alpha                       float 1e-30..1e30      Adapters are scaled by alpha / rank; unset: the rank.
+  --lora_dropout                     float 0..1 = 0         Dropout on the adapters' input.
+  --use_rslora                       switch                 Scale by alpha / sqrt(rank): rank-stabilised LoRA.
+  --use_dora                         switch                 Also train the magnitude of each weight row: DoRA.
+  --lora_layers                      text                   attn.to_q,ff.* or all-linear; unset: joint attention.
+  --lora_blocks                      text                   Blocks with adapters: 0,3 or 1[2-9],2?; unset: all.
+  --upcast_before_saving             switch                 Save the final adapters in float32.
+  --bnb_quantization_config_path     text                   JSON of a BitsAndBytesConfig: 8- or 4-bit base.
+  --blocks_to_swap                   int 0..1000 = 0        Blocks whose weights wait in RAM.
+  --init_lora                        text                   Adapters to start from, of the same layers and rank.
+  --output_preservation_weight       float 0..1e30 = 0      Loss that keeps --class_prompt as in the base model.
+"""
 
 
 class Stderr(io.FileIO):
     """Standard error that may go away, like a closed terminal, without ending the run. A file gets lines for bars."""
 
     def write(self, data):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             super().write(data if self.isatty() else data.replace(b"\r", b"\n"))
         return len(data)
 
@@ -82,7 +198,7 @@ def refuse(message):
     sys.exit(2)
 
 
-@contextlib.contextmanager
+@contextmanager
 def or_refuse(what):
     """Turns any exception into a one-line error: damaged files and unreachable servers can raise anything.
 
@@ -107,25 +223,17 @@ def boolean(text):
     return ("false", "0", "no", "true", "1", "yes").index(text.lower()) >= 3
 
 
-def in_range(kind, low, below=1e30):
-    """Type of a flag: an int or a float of at least `low` and less than `below`. Infinity only as the bound itself."""
+def in_range(kind, bounds):
+    """Type of a flag: an int or a float in bounds such as 1..512."""
+    low, high = map(float, bounds.split(".."))
 
-    def parse(text):
+    def number(text):  # argparse shows this name when the text is none
         value = kind(text)
-        if low <= value < below or value == below == math.inf:
+        if low <= value <= high:  # not so for nan
             return value
-        raise argparse.ArgumentTypeError(f"{text} is out of range: give {low} or more, less than {below}")
+        raise argparse.ArgumentTypeError(f"{text} is out of range: give {bounds}")
 
-    parse.__name__ = kind.__name__  # argparse shows this name when the text is no number
-    return parse
-
-
-STEPS = in_range(int, 1)
-COUNT = in_range(int, 1, 10_001)
-AMOUNT = in_range(float, 0.0)
-POSITIVE = in_range(float, 1e-30)
-NORM = in_range(float, 1e-30, math.inf)
-FRACTION = in_range(float, 0.0, 1.0)
+    return number
 
 
 def split_names(text):
@@ -133,150 +241,20 @@ def split_names(text):
     return text.replace(" ", "").strip(",").split(",")
 
 
-def add_group(parser, title):
-    """A function that adds a flag to a new group: its name, its help, its type (bool: a switch) and its default."""
-    group = parser.add_argument_group(title)
-
-    def add(name, text, kind=utf8, default=None, **options):
-        if kind is bool:
-            group.add_argument(name, help=text, action="store_true")
-            return
-        if kind is boolean:
-            options = {"nargs": "?", "const": True}
-        group.add_argument(name, help=text, type=kind, default=default, **options)
-
-    return add
-
-
-def add_input_flags(parser):
-    add = add_group(parser, "model")
-    add("--pretrained_model_name_or_path", "Hub id or folder of an SD3 model.", required=True)
-    own = "Folder of a pipeline, or a .safetensors file, that the transformer is taken from."
-    add("--pretrained_transformer_model_name_or_path", own, os.path.abspath)
-    add("--revision", "Hub revision of every part of the model.")
-    add("--variant", "Variant of the model's weight files, such as fp16.")
-    add("--cache_dir", "Where downloaded models and datasets are kept.")
-    add("--no_t5", "Leave out T5, the largest text encoder: less memory, weaker text.", bool)
-
-    add = add_group(parser, "data")
-    add("--dataset_name", "Hub id or folder of an image dataset, read by the datasets library.")
-    add("--dataset_config_name", "Configuration of that dataset.")
-    add("--instance_data_dir", "Folder with the subject's images, in place of --dataset_name.")
-    add("--dataset_split", "Split of that dataset.", utf8, "train")
-    add("--image_column", "Dataset column with the images.", utf8, "image")
-    add("--caption_column", "Dataset column with one caption per image; empty ones use --instance_prompt.")
-    add("--repeats", "How often each instance image occurs in an epoch.", COUNT, 1)
-    add("--instance_prompt", "Prompt of images without a caption: 'a photo of sks dog'.")
-    add("--caption_dropout", "Probability of training with the empty prompt.", FRACTION, 0.0)
-    add("--max_sequence_length", "T5 tokens per prompt; CLIP has 77.", in_range(int, 1, 513), 77)
-    add("--resolution", "Side of the crop in pixels, a multiple of 16.", in_range(int, 16), 512)
-    add("--use_aspect_ratio_buckets", "Crop each image to the nearest of several shapes.", bool)
-    add("--aspect_ratio_buckets", "These shapes; unset: diffusers' for --resolution.", metavar="H,W;H,W")
-    add("--center_crop", "Crop the middle instead of a random place.", bool)
-    add("--random_flip", "Mirror half of the images.", bool)
-    add("--alpha_mask", "Weigh the loss by the alpha channel: skip transparent parts.", bool)
-    add("--dataloader_num_workers", "0 loads in the main process.", in_range(int, 0, 1025), 0)
-
-    add = add_group(parser, "prior preservation")
-    add("--with_prior_preservation", "Also train on class images, against drift.", bool)
-    add("--class_data_dir", "Folder of class images; missing ones are drawn into it.")
-    add("--class_prompt", "Prompt of the class images, such as 'a photo of a dog'.")
-    add("--num_class_images", "Number of class images.", COUNT, 100)
-    add("--prior_loss_weight", "Weight of the class images' loss.", AMOUNT, 1.0)
-    add("--sample_batch_size", "Class images drawn at once, on each process.", COUNT, 4)
-    add("--prior_generation_precision", "For class images; unset: --mixed_precision.", choices=PRECISIONS)
-
-
-def add_method_flags(parser):
-    add = add_group(parser, "lora")
-    add("--train_text_encoder", "Also train adapters on both CLIP encoders, never on T5.", bool)
-    add("--rank", "Rank of the adapters.", COUNT, 4)
-    add("--lora_alpha", "Adapters are scaled by alpha / rank; unset: the rank.", POSITIVE)
-    add("--lora_dropout", "Dropout on the adapters' input.", FRACTION, 0.0)
-    add("--use_rslora", "Scale by alpha / sqrt(rank): rank-stabilised LoRA.", bool)
-    add("--use_dora", "Also train the magnitude of each weight row: DoRA.", bool)
-    add("--lora_layers", "Such as attn.to_q,ff.* or all-linear; unset: joint attention.")
-    add("--lora_blocks", "Blocks that get adapters, such as 0,3 or 12-24; unset: all.")
-    add("--upcast_before_saving", "Save the final adapters in float32.", bool)
-    add("--bnb_quantization_config_path", "JSON of a BitsAndBytesConfig: 8- or 4-bit base, GPU.")
-    add("--blocks_to_swap", "Blocks whose weights wait in RAM; needs --gradient_checkpointing.", in_range(int, 0), 0)
-    add("--init_lora", "Adapters to start from, file or folder, of the same layers and rank.")
-    preservation = "Weight of a loss that keeps predictions for --class_prompt close to the base model's."
-    add("--output_preservation_weight", preservation, AMOUNT, 0.0)
-    parser.set_defaults(tracker_project_name=METHOD)
-
-
-def add_training_flags(parser):
-    add = add_group(parser, "training")
-    add("--train_batch_size", "Instance images per batch, on each process.", COUNT, 4)
-    add("--num_train_epochs", "Epochs; --max_train_steps wins.", STEPS, 1)
-    add("--max_train_steps", "Total updates of the optimizer.", STEPS)
-    add("--gradient_accumulation_steps", "Batches per update.", COUNT, 1)
-    add("--gradient_checkpointing", "Recompute activations in the backward pass.", bool)
-    add("--cache_latents", "Encode each image once, in one crop, and free the VAE.", bool)
-    add("--offload", "Keep the VAE and the text encoders on the CPU between uses.", bool)
-    add("--use_ema", "Average the weights over the updates; validate and save the average.", bool)
-    add("--ema_decay", "Its decay, at most (1 + n) / (10 + n) at step n.", FRACTION, 0.9999)
-    add("--max_grad_norm", "Clip the global gradient norm to this; inf: never.", NORM, 1.0)
-    add("--mixed_precision", "Unset: accelerate's configuration.", choices=("no", "fp16", "bf16"))
-    add("--allow_tf32", "TF32 matrix products on Ampere GPUs and later.", bool)
-    add("--seed", "Unset: a random one, which checkpoints keep.", in_range(int, 0, 2**32))
-    add("--full_determinism", "Equal runs give equal bits on a GPU too; slower.", bool)
-    add("--local_rank", "Accepted from old launchers; LOCAL_RANK is what counts.", int, -1)
-
-    add = add_group(parser, "loss")
-    add("--weighting_scheme", "SD3 paper, 3.1; none: uniform.", utf8, "logit_normal", choices=WEIGHTINGS)
-    add("--training_shift", "Shift of the noise levels; unset: the scheduler's, 3 in SD3.", POSITIVE)
-    add("--logit_mean", "Mean of the logit-normal density.", in_range(float, -1e30), 0.0)
-    add("--logit_std", "Standard deviation of the logit-normal density.", POSITIVE, 1.0)
-    add("--mode_scale", "Scale of the mode density.", in_range(float, -1.0, 1.752), 1.29)
-    add("--precondition_outputs", "1 compares clean latents, 0 velocities.", int, 1, choices=(0, 1))
-
-    add = add_group(parser, "optimizer")
-    add("--optimizer", "Case does not matter.", str.lower, "adamw", choices=("adamw", "prodigy"))
-    add("--learning_rate", "Learning rate after warm-up.", AMOUNT, 1e-4)
-    add("--text_encoder_lr", "Text encoders' rate; prodigy takes --learning_rate.", AMOUNT, 5e-6)
-    add("--scale_lr", "Multiply --learning_rate by processes, accumulation and batch size.", bool)
-    add("--lr_scheduler", "Shape of the learning rate over the run.", utf8, "constant", choices=LR_SCHEDULERS)
-    add("--lr_warmup_steps", "Updates of warm-up.", in_range(int, 0), 500)
-    add("--lr_num_cycles", "Restarts of cosine_with_restarts.", COUNT, 1)
-    add("--lr_power", "Power of polynomial.", AMOUNT, 1.0)
-    add("--use_8bit_adam", "AdamW with 8-bit state, from bitsandbytes.", bool)
-    add("--adam_beta1", "First beta, also Prodigy's.", FRACTION, 0.9)
-    add("--adam_beta2", "Second beta, also Prodigy's.", FRACTION, 0.999)
-    add("--adam_weight_decay", "Weight decay of the transformer.", AMOUNT, 1e-4)
-    add("--adam_weight_decay_text_encoder", "Weight decay of the text encoders.", AMOUNT, 1e-3)
-    add("--adam_epsilon", "Epsilon, also Prodigy's.", POSITIVE, 1e-8)
-    add("--prodigy_beta3", "Unset: the square root of the second beta.", FRACTION)
-    add("--prodigy_decouple", "Decoupled weight decay.", boolean, True)
-    add("--prodigy_use_bias_correction", "Adam's bias correction.", boolean, True)
-    add("--prodigy_safeguard_warmup", "Keep the rate out of D's denominator in warm-up.", boolean, True)
-
-
-def add_output_flags(parser):
-    add = add_group(parser, "validation")
-    add("--validation_prompt", "Prompts of the images drawn during training and at the end.", nargs="+")
-    add("--validation_data_dir", "Held-out images: their loss at fixed noise is logged.")
-    add("--num_validation_images", "Number of images of each prompt, each time.", COUNT, 4)
-    add("--validation_epochs", "Draw after the first epoch and then every so many.", STEPS, 50)
-    add("--validation_num_inference_steps", "Denoising steps.", COUNT, 28)
-    add("--validation_guidance_scale", "Guidance; Turbo needs 0.", AMOUNT, 7.0)
-    add("--skip_final_inference", "Draw no images at the end.", bool)
-
-    add = add_group(parser, "output")
-    add("--output_dir", "Where everything is written.", utf8, "sd3-dreambooth")
-    add("--logging_dir", "The trackers' folder inside output_dir.", utf8, "logs")
-    add("--report_to", f"Some of {','.join(TRACKERS)}; or all, none.", utf8, "tensorboard")
-    add("--tracker_project_name", "The trackers' project.")
-    add("--tracker_run_name", "The run's name in wandb and in logging_dir.")
-    add("--checkpointing_steps", "Updates between checkpoints.", STEPS, 500)
-    add("--checkpoints_total_limit", "How many of the newest checkpoints to keep; unset: all.", COUNT)
-    add("--resume_from_checkpoint", "A checkpoint's path or name, or latest.")
-    add("--dry_run", "Check the input, draw it as the model would see it, train nothing.", bool)
-    add("--push_to_hub", "Upload the result when training ends.", bool)
-    add("--hub_token", "Token for the upload; it is written nowhere.")
-    add("--hub_model_id", "Repository of the upload; unset: the name of output_dir.")
-    add("--hub_private_repo", "Make the repository private when it is created.", bool)
+def read_kind(kind):
+    """Options of argparse for a kind of value in the table of flags."""
+    number, _, bounds = kind.partition(" ")
+    if bounds:
+        return {"type": in_range(int if number == "int" else float, bounds)}
+    if "|" in kind:
+        return {"choices": kind.split("|"), "type": str.lower}
+    return {
+        "text": {"type": utf8},
+        "texts": {"type": utf8, "nargs": "+"},
+        "required": {"required": True},
+        "switch": {"action": "store_true"},
+        "boolean": {"type": boolean},
+    }[kind]
 
 
 class Parser(argparse.ArgumentParser):
@@ -293,68 +271,31 @@ def build_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add_input_flags(parser)
-    add_training_flags(parser)
-    add_output_flags(parser)
-    add_method_flags(parser)
+    parser.set_defaults(output_preservation_weight=0.0)  # a flag of LoRA alone
+    for group in (FLAGS + METHOD_FLAGS).strip().split("\n\n"):
+        title, *rows = group.splitlines()
+        group = parser.add_argument_group(title)
+        for row in rows:
+            name, kind, text = re.split("  +", row.strip())
+            kind, _, default = kind.partition(" = ")
+            options = {"default": default} if default else {}  # argparse reads it as if it were given
+            group.add_argument(name, help=text, **read_kind(kind), **options)
     return parser
 
 
 def check_data_flags(args):
-    """Refuses data flags that contradict each other and folders that are not there."""
+    """Refuses data flags that contradict each other, and folders in which the run would take its own images."""
     if bool(args.dataset_name) == bool(args.instance_data_dir):
         refuse("--dataset_name, --instance_data_dir: give exactly one of the two")
     output = Path(args.output_dir).resolve()
     drawn = Path(args.class_data_dir or os.devnull).resolve()
-    if drawn == output:
-        refuse(f"--class_data_dir is --output_dir {args.output_dir!r}: give class images a folder of their own")
-    for name in ("instance_data_dir", "dataset_name", "validation_data_dir"):
-        folder = getattr(args, name)
-        if not folder:
-            continue
+    for name in ("instance_data_dir", "validation_data_dir", "dataset_name"):
+        folder = vars(args)[name] or os.sep
         path = Path(folder).resolve()
-        if path == output:
-            refuse(f"--{name} is --output_dir {args.output_dir!r}: the next run would train on what this one draws")
-        if path.is_relative_to(drawn) or drawn.is_relative_to(path):
+        if output in (path, drawn):
+            refuse(f"--{name}, --class_data_dir: --output_dir {args.output_dir!r} is one of them: give another")
+        if folder != os.sep and (path.is_relative_to(drawn) or drawn.is_relative_to(path)):
             refuse(f"--class_data_dir overlaps --{name} {folder!r}: give class images a folder of their own")
-        if name != "dataset_name" and not os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises on a long name
-            refuse(f"--{name} {folder!r} is not a folder: give the folder with the images")
-    if args.resolution % 16:
-        near = round(args.resolution / 16) * 16
-        refuse(f"--resolution {args.resolution} is not a multiple of 16 (VAE 8, patch 2): {near} is the nearest")
-
-
-def check_class_flags(args):
-    """Refuses prior and output preservation that lack a flag, and says which flags have no effect."""
-    preserve_outputs = args.output_preservation_weight
-    if preserve_outputs and (args.with_prior_preservation or not args.class_prompt):
-        refuse("--output_preservation_weight needs --class_prompt, and excludes --with_prior_preservation")
-    for name in ("class_data_dir", "class_prompt"):
-        given = getattr(args, name)
-        if args.with_prior_preservation and not given:
-            refuse(f"--with_prior_preservation needs --{name}")
-        if given and not args.with_prior_preservation and not preserve_outputs:
-            print(f"--{name} has no effect without --with_prior_preservation", file=sys.stderr)
-
-
-def check_packages(args):
-    """Refuses trackers that are unknown, and what needs a package that is not installed."""
-    trackers = split_names(args.report_to)
-    if args.hub_token and set(trackers) - {"tensorboard", "none"}:  # most record the command line
-        refuse(f"--hub_token would be readable in {args.report_to}: leave it out and run `hf auth login` instead")
-    packages = [] if trackers in (["none"], ["all"]) else trackers
-    for name in packages:
-        if name not in TRACKERS:
-            refuse(f"--report_to {name!r} is unknown: choose from {', '.join(TRACKERS)}, or all or none alone")
-    needed = {
-        "datasets": args.dataset_name,
-        "prodigyopt": args.optimizer == "prodigy",
-        "bitsandbytes": args.use_8bit_adam,
-    }
-    packages += [package for package, wanted in needed.items() if wanted]
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            refuse(f"these flags need the {package} package: pip install {package}")
 
 
 def parse_args(argv=None):
@@ -365,8 +306,13 @@ def parse_args(argv=None):
     if not args.output_dir:
         refuse("--output_dir is empty: give the folder to write to")
     check_data_flags(args)
-    check_class_flags(args)
-    check_packages(args)
+    prior = args.with_prior_preservation
+    if prior and not (args.class_data_dir and args.class_prompt):
+        refuse("--with_prior_preservation needs --class_data_dir and --class_prompt")
+    if args.output_preservation_weight and (prior or not args.class_prompt):
+        refuse("--output_preservation_weight needs --class_prompt, and excludes --with_prior_preservation")
+    if args.hub_token and args.report_to not in ("tensorboard", "none"):  # most trackers record the command line
+        refuse(f"--hub_token would be readable in {args.report_to}: leave it out and run `hf auth login` instead")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         refuse("DeepSpeed is not supported: choose FSDP2 in `accelerate config`, which splits a model as well")
     return args
@@ -388,19 +334,32 @@ import torch
 from accelerate import Accelerator, cpu_offload, utils
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
+from diffusers import BitsAndBytesConfig, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import (
+    EMAModel,
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    find_nearest_bucket,
+    free_memory,
+    generate_aspect_ratio_buckets,
+    offload_models,
+    parse_buckets_string,
+)
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-with contextlib.suppress(ImportError):  # if it is there, Pillow reads the photos of iPhones
+with suppress(ImportError):  # if it is there, Pillow reads the photos of iPhones
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
@@ -412,8 +371,7 @@ log = get_logger(__name__)
 IMAGE_SUFFIXES = ".jpg .jpeg .jfif .png .webp .avif .heic .heif .bmp .gif .tif .tiff".split()
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as in an imagefolder of the datasets library
-ENCODED = ".encoded"  # folder in output_dir for what is encoded once, while a run lasts
-KEPT_PIXELS = 2**28  # of images that stay in memory, 1 GiB: decoding a photo can take longer than an update
+KEPT = 128  # decoded images that stay in memory: of photos as JPEG 0.5 GB at 512 px
 
 
 def derive_seed(*parts):
@@ -424,8 +382,8 @@ def derive_seed(*parts):
 
 def list_images(folder):
     """Image files of a folder in sorted order, without hidden ones."""
-    files = [path for path in sorted(Path(folder).glob("[!.]*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-    return list(filter(Path.is_file, files))
+    paths = sorted(Path(folder).glob("[!.]*"))
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
 
 
 def open_image(source, reach, number, alpha_mask=False):
@@ -434,10 +392,10 @@ def open_image(source, reach, number, alpha_mask=False):
     EXIF rotation is applied, 16 bits are scaled to 8, transparent parts become white; `alpha_mask` keeps the alpha as
     a fourth band. JPEGs are decoded no larger than needed to cover `reach` pixels. Errors: ValueError with its name.
     """
-    if not isinstance(source, dict):
-        source = {"path": source, "bytes": None}
-    path = source["path"]
-    file = io.BytesIO(source["bytes"]) if source["bytes"] else path
+    file = name = source
+    if isinstance(source, dict):
+        name = source["path"] or f"of row {number}"
+        file = io.BytesIO(source["bytes"]) if source["bytes"] else name
     try:
         with Image.open(file) as image:
             image.draft(None, (reach, reach))
@@ -457,7 +415,6 @@ def open_image(source, reach, number, alpha_mask=False):
             image.putalpha(alpha)
         return image
     except Exception as error:  # PIL's readers raise anything on a damaged file
-        name = repr(str(path)[:200]) if path else f"of row {number}"
         raise ValueError(f"the image {name} cannot be read ({error})") from error
 
 
@@ -470,37 +427,31 @@ def crop_image(image, size, generator, center, flip):
     rows = max(height, image.height * width // image.width)
     columns = max(width, image.width * height // image.height)
     down, right, mirror = torch.rand(3, generator=generator).tolist()
+    top = int(down * (rows - height + 1))
+    left = int(right * (columns - width + 1))
     if center:
         top = round((rows - height) / 2)
         left = round((columns - width) / 2)
-    else:
-        top = int(down * (rows - height + 1))
-        left = int(right * (columns - width + 1))
     x = image.width / columns
     y = image.height / rows
     box = (left * x, top * y, (left + width) * x, (top + height) * y)
-    bands = [image.convert("RGB"), *image.split()[3:]]  # apart: PIL would multiply the colours by the alpha
-    crop = np.dstack([band.resize((width, height), Image.Resampling.BILINEAR, box) for band in bands])  # antialiased
+    # Antialiased, and band by band: PIL would multiply the colours by the alpha.
+    crop = np.stack([band.resize((width, height), Image.Resampling.BILINEAR, box) for band in image.split()])
     if flip and mirror < 0.5:
-        crop = crop[:, ::-1]
-    return torch.from_numpy(crop.copy()).permute(2, 0, 1)
+        crop = crop[..., ::-1]
+    return torch.from_numpy(crop.copy())
 
 
 def list_buckets(args):
-    """The sizes (height, width) that images are cropped to. Refuses what the transformer has no positions for."""
+    """The sizes (height, width) that images are cropped to."""
     buckets = [(args.resolution, args.resolution)]
     if args.aspect_ratio_buckets:
         with or_refuse(
             f"--aspect_ratio_buckets {args.aspect_ratio_buckets!r}: give height,width pairs: 512,768;768,512"
         ):
-            buckets = training_utils.parse_buckets_string(args.aspect_ratio_buckets)
+            buckets = parse_buckets_string(args.aspect_ratio_buckets)
     elif args.use_aspect_ratio_buckets:
-        buckets = training_utils.generate_aspect_ratio_buckets(args.resolution, divisibility=16)
-    config = read_transformer_config(args)
-    limit = config["pos_embed_max_size"] * config["patch_size"] * 8
-    for side in sum(buckets, ()):
-        if side % 16 or not 16 <= side <= limit:
-            refuse(f"{side} pixels are no side of a crop: give multiples of 16, at most this transformer's {limit}")
+        buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=16)
     return buckets
 
 
@@ -524,10 +475,9 @@ class DreamBoothDataset:
         self.args = args
         self.buckets = list_buckets(args)
         self.images = {}  # by kind, "instance" or "class"
-        self.prompts = {}
+        self.prompts = {}  # of each image a tuple, of which one is drawn an epoch
         self.moments = None
-        self.kept = {}
-        self.room = KEPT_PIXELS
+        self.whole = True  # whether all images have the shape of their crops
         prompts = [read_caption(number, caption) for number, caption in enumerate(captions)]
         lacking = prompts.count(())
         if lacking and args.instance_prompt is None:
@@ -535,18 +485,14 @@ class DreamBoothDataset:
         prompts = [words or (args.instance_prompt,) for words in prompts]
         self.sizes, checksums, alphas = self.add_images("instance", flag, images, prompts)
         self.digest = derive_seed(prompts, checksums)
-        sizes = dict(Counter(self.sizes))
-        log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {sizes}")
+        log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {set(self.sizes)}")
         if args.alpha_mask and {(0, 0), (255, 255)}.issuperset(alphas):
             log.warning(
-                f"{flag}: --alpha_mask: no image is transparent in part; one that is as a whole teaches nothing"
+                f"{flag}: --alpha_mask: no image is transparent in part; a wholly transparent one teaches nothing"
             )
 
     def add_images(self, kind, flag, images, prompts):
-        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and ranges of alpha.
-
-        `prompts` are tuples: of each, one is drawn an epoch.
-        """
+        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and ranges of alpha."""
         if not len(images):
             refuse(f"{flag}: there is no image: give a folder that directly holds {', '.join(IMAGE_SUFFIXES)} files")
         self.images[kind] = images
@@ -554,9 +500,11 @@ class DreamBoothDataset:
 
         def inspect(number):
             image = self.load(kind, number)
-            bucket = training_utils.find_nearest_bucket(image.height, image.width, self.buckets)
-            checksum = hashlib.sha256(image.tobytes()).hexdigest()
-            return self.buckets[bucket], checksum, image.split()[-1].getextrema()
+            bucket = find_nearest_bucket(image.height, image.width, self.buckets)
+            height, width = self.buckets[bucket]
+            whole = image.width * height == image.height * width
+            digest = hashlib.sha256(image.tobytes()).hexdigest()
+            return whole, (height, width), digest, image.split()[-1].getextrema()
 
         with ThreadPoolExecutor() as pool:
             found = [pool.submit(inspect, number) for number in range(len(images))]
@@ -564,33 +512,27 @@ class DreamBoothDataset:
         if broken:
             remedy = "repair or remove them; for HEIC: pip install pillow-heif"
             refuse(f"{flag}: {len(broken)} of {len(images)} images are broken: {'; '.join(broken[:10])}: {remedy}")
-        return zip(*[each.result() for each in found], strict=True)
+        whole, *rest = zip(*[each.result() for each in found], strict=True)
+        self.whole &= all(whole)
+        return rest
 
+    @functools.lru_cache(KEPT)  # noqa: B019  decoding a photo can take longer than an update
     def load(self, kind, number):
-        """An image, which stays in memory while there is room."""
-        image = self.kept.get((kind, number))
-        if image is None:
-            reach = max(map(max, self.buckets))
-            image = open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
-            self.room -= image.width * image.height
-            if self.room > 0:
-                self.kept[kind, number] = image
-        return image
+        reach = max(map(max, self.buckets))
+        return open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
 
     def __len__(self):
         instances = len(self.images["instance"]) * self.args.repeats
         return max(instances, len(self.images.get("class", ())))
 
     def has_fixed_crops(self):
-        """Whether each image is always seen in the same crop, and there are few enough to stay in memory."""
-        if self.args.random_flip or len(self.kept) < sum(map(len, self.images.values())):
-            return False
-        height, width = self.buckets[0]
-        whole = all(image.width * height == image.height * width for image in self.kept.values())
-        return self.args.center_crop or (whole and len(self.buckets) == 1)
+        """Whether each image is always seen in the same crop, and there are few: their latents take disk space."""
+        few = sum(map(len, self.images.values())) <= 1000
+        whole = self.whole and len(self.buckets) == 1
+        return few and (self.args.center_crop or whole) and not self.args.random_flip
 
     def __getitem__(self, place):
-        """The examples of an item: instance, then class."""
+        """The examples of an item, instance, then class: data, prompt and seed of each."""
         epoch, index, copy = place
         size = self.size(index)
         examples = []
@@ -606,7 +548,7 @@ class DreamBoothDataset:
                 data = self.moments[kind, number, size]["moments"]
             else:
                 data = self.pixels(kind, number, size, seed)
-            examples.append({"data": data, "prompt": prompt, "seed": seed})
+            examples.append((data, prompt, seed))
         return examples
 
     def size(self, index):
@@ -647,44 +589,28 @@ def order_epoch(args, dataset, processes, epoch, done=0):
             _, index, copy = rest[number]
             rest.append((epoch, index, copy + 1))
         places += rest
-    return [places[first : first + batch] for first in range(done * update, len(places), batch)]
+    return [places[first : first + batch] for first in range(max(done, 0) * update, len(places), batch)]
 
 
 def collate(items):
-    """A batch of B examples, instance images first, then class images."""
+    """A batch of B examples, instance images first, then class images: data, prompts and seeds.
+
+    The data are pixels (B, bands, H, W), or moments (B, 2C, h, w).
+    """
     examples = sum(zip(*items, strict=True), ())
-    data = [example["data"] for example in examples]
-    return {
-        "data": torch.stack(data),  # (B, bands, H, W), or moments (B, 2C, h, w)
-        "prompts": [example["prompt"] for example in examples],
-        "seeds": [example["seed"] for example in examples],
-    }
+    data, prompts, seeds = zip(*examples, strict=True)
+    return torch.stack(data), prompts, seeds
 
 
-class TensorFolder:
-    """Dicts of tensors by key, one safetensors file each, for all processes: 10,000 captions can take 50 GB."""
-
-    def __init__(self, args, name):
-        self.folder = Path(args.output_dir, ENCODED, name)
-
-    def path(self, key):
-        return self.folder / f"{derive_seed(key)}.safetensors"
-
-    def __getitem__(self, key):
-        return load_file(self.path(key))
-
-    def fill(self, accelerator, keys, make, title, batch=1):
-        """Stores what `make` gives for each key, asked for `batch` keys at once; the processes share the work."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        mine = keys[accelerator.process_index :: accelerator.num_processes]
-        for first in tqdm(range(0, len(mine), batch), desc=title, disable=not accelerator.is_main_process):
-            some = mine[first : first + batch]
-            made = make(some)
-            for number, key in enumerate(some):
-                tensors = {name: tensor[number].cpu().contiguous() for name, tensor in made.items()}
-                with or_refuse(f"{self.folder} cannot be written"):
-                    save_file(tensors, self.path(key))
-        accelerator.wait_for_everyone()
+def encode_all(keys, make, title, batch=1):
+    """{key: its tensors, on the CPU}, as `make` gives them for `batch` keys at once."""
+    table = {}
+    for first in tqdm(range(0, len(keys), batch), title):
+        some = keys[first : first + batch]
+        made = make(some)
+        for number, key in enumerate(some):
+            table[key] = {name: tensor[number].cpu() for name, tensor in made.items()}
+    return table
 
 
 def read_folder(args, flag, folder):
@@ -692,7 +618,7 @@ def read_folder(args, flag, folder):
     if any(Path(folder, name).is_file() for name in METADATA):
         return read_dataset(args, flag, folder, "image", args.caption_column or "text")
     unused = (args.dataset_split, args.image_column, args.caption_column)
-    if args.instance_data_dir and unused != ("train", "image", None):
+    if unused != ("train", "image", None):
         log.warning(f"{flag} {folder!r} has no metadata file: split and columns of a dataset have no effect")
     images = list_images(folder)
     captions = []
@@ -706,84 +632,93 @@ def read_folder(args, flag, folder):
 def read_dataset(args, flag, name, image_column, caption_column):
     """Images of a dataset, decoded when they are used, and captions or None for each.
 
-    `name` is a Hub id, a folder of save_to_disk, or a folder of images with a metadata file.
+    `name` is a Hub id, a folder of DatasetDict.save_to_disk, or a folder of images with a metadata file.
     """
     remedy = "give a Hub id or a folder without brackets in its name; datasets writes to --cache_dir"
     with or_refuse(f"{flag} {name!r} cannot be read: {remedy}"):
         import datasets
 
-        if Path(name, "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(Path(name, args.dataset_split))
-        elif Path(name, "state.json").is_file():
-            rows = datasets.load_from_disk(name)
+        split = args.dataset_split
+        if Path(name, split, "state.json").is_file():
+            rows = datasets.load_from_disk(Path(name, split))
         else:
-            split = args.dataset_split
             rows = datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
-        missing = {image_column, caption_column} - {None, *rows.column_names}
-        if missing:
-            refuse(f"{flag} {name!r} has no column {' or '.join(missing)}, but {', '.join(rows.column_names)}")
-        if not isinstance(rows.features[image_column], datasets.Image | datasets.Value | dict):
-            raise TypeError("it has arrays for images: cast them to datasets.Image")
-        images = rows.cast_column(image_column, datasets.Image(decode=False))[image_column]
         captions = rows[caption_column][:] if caption_column else [None] * len(rows)
         label = rows.features.get(caption_column)
         if isinstance(label, datasets.ClassLabel):
             captions = label.int2str(captions)
+        images = rows.cast_column(image_column, datasets.Image(decode=False))[image_column]
     return images, captions
 
 
 def read_instances(args):
     """The images to train on, with their prompts."""
-    if args.dataset_name:
-        flag = "--dataset_name"
-        found = read_dataset(args, flag, args.dataset_name, args.image_column, args.caption_column)
-    else:
+    if args.instance_data_dir:
         flag = "--instance_data_dir"
-        found = read_folder(args, flag, args.instance_data_dir)
+        return DreamBoothDataset(args, flag, *read_folder(args, flag, args.instance_data_dir))
+    flag = "--dataset_name"
+    found = read_dataset(args, flag, args.dataset_name, args.image_column, args.caption_column)
     return DreamBoothDataset(args, flag, *found)
 
 
 def read_held_out(args):
     """The images of --validation_data_dir, cropped in the middle; None without the flag."""
+    flag = "--validation_data_dir"
     if not args.validation_data_dir:
         return None
-    prompt = args.instance_prompt or ""
     fixed = {"center_crop": True, "random_flip": False, "repeats": 1, "seed": 0, "caption_dropout": 0}
-    plain = argparse.Namespace(**vars(args) | fixed | {"instance_prompt": prompt})
-    flag = "--validation_data_dir"
+    plain = argparse.Namespace(**vars(args) | fixed | {"instance_prompt": args.instance_prompt or ""})
     return DreamBoothDataset(plain, flag, *read_folder(args, flag, args.validation_data_dir))
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # CLIP-L, OpenCLIP bigG, T5: the pipeline's order
+T5 = TEXT_ENCODERS[2]
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def read_pipeline(args):
-    """Parts of the base pipeline, {name: (library, class)}, from model_index.json. Refuses anything but an SD3."""
-    model = args.pretrained_model_name_or_path
+    """Parts of the base pipeline from model_index.json, {name: (class, model, where, entry)}: what loads each of them.
+
+    `where` are from_pretrained arguments, `entry` is (library, class name). Refuses anything but an SD3.
+    """
+    base = args.pretrained_model_name_or_path
     remedy = "give a diffusers folder or a Hub id; for a gated model accept its licence and run `hf auth login`"
-    with or_refuse(f"--pretrained_model_name_or_path {model!r}: no model_index.json can be read: {remedy}"):
-        index = StableDiffusion3Pipeline.load_config(model, cache_dir=args.cache_dir, revision=args.revision)
-        parts = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
-    if args.no_t5:
-        parts.pop("text_encoder_3", None)
-        parts.pop("tokenizer_3", None)
-    needed = dict.fromkeys(("vae", *TEXT_ENCODERS[:2], *TOKENIZERS[:2]), "")
-    needed |= {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatch"}
-    for name in needed | parts:
-        library, class_name = parts.get(name, ("nothing", ""))
-        if library not in ("diffusers", "transformers") or needed.get(name, "") not in class_name:
-            found = f"its {name} is {library} {class_name}"
-            refuse(f"--pretrained_model_name_or_path {model!r} is not an SD3 pipeline: {found}")
-    for name, field in (("vae", "scaling_factor"), ("vae", "shift_factor"), ("scheduler", "shift")):
-        with or_refuse(f"{name} of {model!r} cannot be used"):
-            number = sketch_part(args, parts, name).config[field]
-            if number is None or (number <= 0 and field != "shift_factor"):  # the mean of the latents
-                raise ValueError(f"its {field} is {number}")
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    with or_refuse(f"--pretrained_model_name_or_path {base!r}: no model_index.json can be read: {remedy}"):
+        index = StableDiffusion3Pipeline.load_config(base, **where)
+    found = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
+    own = args.pretrained_transformer_model_name_or_path
+    classes = {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatch"}
+    parts = {}
+    for name in ("vae", *classes, *TEXT_ENCODERS[:2], *TOKENIZERS[:2], *found):
+        if args.no_t5 and name.endswith("_3"):
+            continue
+        library, class_name = found.get(name, ("nothing", ""))
+        if library not in ("diffusers", "transformers") or classes.get(name, "") not in class_name:
+            refuse(f"--pretrained_model_name_or_path {base!r}: no SD3 pipeline: its {name} is {library} {class_name}")
+        kind = getattr(importlib.import_module(library), class_name)
+        model = own if own and name == "transformer" else base
+        parts[name] = (kind, model, where | {"subfolder": name}, found[name])
+        if args.variant and model == base and hasattr(kind, "parameters"):
+            parts[name][2]["variant"] = args.variant
+    check_parts(args, parts)
     return parts
+
+
+def check_parts(args, parts):
+    """Refuses parts with which training would fail later, and sizes that the transformer has no positions for."""
+    for name, key in (("vae", "scaling_factor"), ("scheduler", "shift")):
+        number = sketch_part(parts, name).config[key]
+        if not number or number < 0:
+            refuse(f"the {name} cannot be used: its {key} is {number}")
+    config = sketch_part(parts, "transformer").config
+    limit = config.pos_embed_max_size * config.patch_size * 8
+    for side in (args.resolution, *sum(list_buckets(args), ())):
+        if side % 16 or not 16 <= side <= limit:
+            refuse(f"{side} pixels are no side of a crop: give multiples of 16, at most this transformer's {limit}")
 
 
 def has_room(device, size):
@@ -794,18 +729,6 @@ def has_room(device, size):
     return torch.cuda.mem_get_info(device)[0] >= size
 
 
-def source_of(args, name):
-    """from_pretrained arguments that find a part of the base model."""
-    return {"subfolder": name, "revision": args.revision, "cache_dir": args.cache_dir}
-
-
-def device_of(accelerator):
-    """The process's device; "cpu" where several processes have "cpu:0", which libraries take for a GPU."""
-    if accelerator.device.type == "cpu":
-        return torch.device("cpu")
-    return accelerator.device
-
-
 def is_split(accelerator):
     """Whether FSDP2 splits what is trained over the processes."""
     return accelerator.distributed_type.value == "FSDP"
@@ -813,7 +736,7 @@ def is_split(accelerator):
 
 def on_device(accelerator, dtype):
     """from_pretrained arguments that load weights straight onto the device."""
-    return {"torch_dtype": dtype, "device_map": {"": str(device_of(accelerator))}}
+    return {"torch_dtype": dtype, "device_map": {"": str(accelerator.device)}}
 
 
 def frozen_dtype(accelerator):
@@ -821,96 +744,71 @@ def frozen_dtype(accelerator):
     return DTYPES.get(accelerator.mixed_precision, torch.float32)
 
 
-def class_of(parts, name):
-    """The class of a part, in diffusers or transformers."""
-    library, class_name = parts[name]
-    return getattr(importlib.import_module(library), class_name)
-
-
-def load_part(args, parts, name, checkpoint=None, **options):
+def load_part(parts, name, checkpoint=None, **options):
     """A part of the base pipeline or of a checkpoint, a model frozen. Refuses damaged ones."""
-    if name == "transformer":
-        checkpoint = checkpoint or args.pretrained_transformer_model_name_or_path
-    model = str(checkpoint or args.pretrained_model_name_or_path)
-    what = f"{name} of {model!r} cannot be loaded"
-    if args.variant and not checkpoint:
-        what += f" in the variant {args.variant!r}"
-        options["variant"] = args.variant
-    with or_refuse(what):
-        part_class = class_of(parts, name)
-        if not hasattr(part_class, "parameters"):
-            return load_tokenizer_or_scheduler(part_class, model, source_of(args, name))
+    kind, model, where, _ = parts[name]
+    if checkpoint:
+        model = str(checkpoint)
+        where = {"subfolder": name}
+    with or_refuse(f"{name} of {model!r} cannot be loaded from {where}"):
+        if not hasattr(kind, "parameters"):
+            return load_tokenizer(kind, model, where) if "tokenizer" in name else kind.from_pretrained(model, **where)
         if model.endswith(".safetensors"):  # with the names of diffusers or of ComfyUI
-            part = part_class.from_single_file(
-                model,
-                config=args.pretrained_model_name_or_path,
-                config_revision=args.revision,
-                subfolder=name,
-                device=options.get("device_map", {"": "cpu"})[""],
-                **options,
-            )
-            return part.requires_grad_(False)
+            options["device"] = options.get("device_map", {"": "cpu"})[""]
+            options |= {"config": parts["vae"][1], "config_revision": parts["vae"][2]["revision"]}
+            return kind.from_single_file(model, **where, **options).requires_grad_(False)
         # Elsewhere the transformer would compute its table of positions: 16 s and 3.4 GB of RAM for SD3.5 Medium.
         modern = utils.compare_versions("diffusers", ">=", "0.40.0")
         on_meta = name == "transformer" and modern and not options.get("quantization_config")
-        options |= source_of(args, name) | {"output_loading_info": True}
-        with torch.device("meta") if on_meta else contextlib.nullcontext():
-            part, info = part_class.from_pretrained(model, **options)
+        with torch.device("meta") if on_meta else nullcontext():
+            part, info = kind.from_pretrained(model, output_loading_info=True, **where, **options)
         wrong = sum(map(list, info.values()), [])  # keys that are missing, unexpected, of another shape
         if wrong and getattr(part, "hf_quantizer", None) is None:
             raise ValueError(f"its weights do not fit its config: {wrong[0]}, {len(wrong)} in all")
     return part.requires_grad_(False).eval()
 
 
-def load_tokenizer_or_scheduler(part_class, model, source):
-    """A part without weights. Errors: ValueError for a tokenizer without words or length."""
-    part = part_class.from_pretrained(model, **source)
-    if hasattr(part, "unk_token_id"):
-        unknown = part.unk_token_id in part("photo", add_special_tokens=False).input_ids
-        if unknown or part.model_max_length > 2**20:
-            raise ValueError("it has no vocabulary or no length: a tokenizer file is missing")
-    return part
+def load_tokenizer(kind, model, where):
+    """A tokenizer. Errors: ValueError if a file of it is missing, for which the libraries make up what was in it."""
+    tokenizer = kind.from_pretrained(model, **where)
+    if (
+        tokenizer.unk_token_id in tokenizer("photo", add_special_tokens=False).input_ids
+        or tokenizer.model_max_length > 2**20
+    ):
+        raise ValueError("it has no vocabulary or no length: a tokenizer file is missing")
+    return tokenizer
 
 
 def load_scheduler(args, parts, accelerator):
     """The base's scheduler, with the tables of timesteps and sigmas for training, (1000,) each, on the device."""
-    scheduler = load_part(args, parts, "scheduler")
-    shifted = type(scheduler).from_config(scheduler.config, shift=args.training_shift or scheduler.config.shift)
+    scheduler = load_part(parts, "scheduler")
+    shifted = scheduler.from_config(scheduler.config, shift=args.training_shift or scheduler.config.shift)
     scheduler.timesteps = shifted.timesteps.to(accelerator.device)
     scheduler.sigmas = shifted.sigmas.to(accelerator.device)
     return scheduler
 
 
-def read_transformer_config(args):
-    return SD3Transformer2DModel.load_config(args.pretrained_model_name_or_path, **source_of(args, "transformer"))
-
-
-def sketch_part(args, parts, name):
+def sketch_part(parts, name):
     """A part of the pipeline that is no tokenizer, without weights: its config, names and sizes of its layers."""
-    model = args.pretrained_model_name_or_path
-    if name == "transformer":
-        model = args.pretrained_transformer_model_name_or_path or model
+    kind, model, where, _ = parts[name]
     if model.endswith(".safetensors"):
-        return load_part(args, parts, name, device_map={"": "meta"})
+        return load_part(parts, name, device_map={"": "meta"})
     with or_refuse(f"{name} of {model!r} has a config that cannot be used"), torch.device("meta"):
-        kind = class_of(parts, name)
         if name in TEXT_ENCODERS:
-            part = kind(kind.config_class.from_pretrained(model, **source_of(args, name)))
-        else:
-            part = kind.from_config(kind.load_config(model, **source_of(args, name)))
-    return part
+            return kind(kind.config_class.from_pretrained(model, **where))
+        return kind.from_config(kind.load_config(model, **where))
 
 
-def load_to_train(args, parts, accelerator, name, dtype, checkpoint=None, **options):
+def load_to_train(parts, accelerator, name, dtype, checkpoint=None, **options):
     """A model to be trained, on the device.
 
     Under FSDP2 it is on the CPU, and only the main process reads the weights: hand_out sends them to the others.
     """
     if not is_split(accelerator):
-        return load_part(args, parts, name, checkpoint, **on_device(accelerator, dtype) | options)
+        return load_part(parts, name, checkpoint, **on_device(accelerator, dtype) | options)
     if accelerator.is_main_process:
-        return load_part(args, parts, name, checkpoint, torch_dtype=dtype)
-    return sketch_part(args, parts, name).to(dtype).to_empty(device="cpu")
+        return load_part(parts, name, checkpoint, torch_dtype=dtype)
+    return sketch_part(parts, name).to(dtype).to_empty(device="cpu")
 
 
 def load_frozen(args, parts, accelerator, name, dtype):
@@ -918,11 +816,10 @@ def load_frozen(args, parts, accelerator, name, dtype):
 
     On the CPU are text encoders with --offload, and what does not fit with a fifth to spare for the activations.
     """
-    size = utils.compute_module_sizes(sketch_part(args, parts, name), dtype=dtype)[""]
-    device = device_of(accelerator)
-    if args.offload and name in TEXT_ENCODERS or not has_room(device, 1.2 * size):
-        return cpu_offload(load_part(args, parts, name, torch_dtype=dtype), device)
-    return load_part(args, parts, name, **on_device(accelerator, dtype))
+    size = utils.compute_module_sizes(sketch_part(parts, name), dtype=dtype)[""]
+    if args.offload and name in TEXT_ENCODERS or not has_room(accelerator.device, 1.2 * size):
+        return cpu_offload(load_part(parts, name, torch_dtype=dtype), accelerator.device)
+    return load_part(parts, name, **on_device(accelerator, dtype))
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
@@ -931,63 +828,50 @@ TEXT_BATCH = 16  # prompts at once: where T5 waits on the CPU, 9.5 GB cross the 
 
 
 class PromptTable:
-    """Prompt embeddings: read from disk for frozen encoders (freed after encoding), computed for trained ones."""
+    """Prompt embeddings: those of frozen encoders (freed after encoding) looked up, those of trained ones computed."""
 
-    def __init__(self, args, parts, accelerator, dtype, targets=()):
+    def __init__(self, args, parts, accelerator, prompts):
         self.args = args
-        self.accelerator = accelerator
-        self.dtype = dtype
-        self.width = read_transformer_config(args)["joint_attention_dim"]
+        self.device = accelerator.device
+        self.prompts = prompts
+        self.width = sketch_part(parts, "transformer").config.joint_attention_dim
         self.tokenizers = {}
-        self.tables = {}  # of the frozen encoders
+        self.frozen = {}  # of each encoder {prompt: its part of the text, on the CPU}
         self.trained = {}  # the models that are trained, by name, once they are loaded
-        for encoder, tokenizer in zip(TEXT_ENCODERS, TOKENIZERS, strict=True):
+        for encoder, name in zip(TEXT_ENCODERS, TOKENIZERS, strict=True):
             if encoder in parts:
-                self.tokenizers[encoder] = load_part(args, parts, tokenizer)
-                if encoder not in targets:
-                    self.tables[encoder] = TensorFolder(args, f"{encoder} {dtype}")
-        if "text_encoder_3" in self.tokenizers:
-            self.tokenizers["text_encoder_3"].model_max_length = args.max_sequence_length
-        # What was read last stays on the device. Captures `tables`, not self: no reference cycle.
-        tables = self.tables
-        send = functools.partial(utils.send_to_device, device=accelerator.device)
-        self.look_up = functools.lru_cache(64)(lambda name, prompt: send(tables[name][prompt]))
+                tokenizer = self.tokenizers[encoder] = load_part(parts, name)
+                if encoder == T5:
+                    tokenizer.model_max_length = args.max_sequence_length
+                lengths = [len(tokens) for tokens in tokenizer(prompts, verbose=False).input_ids]
+                cut = sum(length > tokenizer.model_max_length for length in lengths)
+                if cut:
+                    log.warning(f"{name} reads {tokenizer.model_max_length} tokens: {cut} of {len(prompts)} are cut")
 
-    def fill(self, parts, prompts):
-        """Encodes each prompt once with each frozen encoder, one encoder at a time; the processes share the work."""
-        for name, table in self.tables.items():
-            encoder = load_frozen(self.args, parts, self.accelerator, name, self.dtype)
-            encode = functools.partial(self.encode, encoder=encoder, name=name)
+    def fill(self, parts, accelerator, dtype, targets=()):
+        """Encodes each prompt once with each encoder that is not trained, one encoder at a time."""
+        for name in [name for name in self.tokenizers if name not in targets]:
+            encoder = load_frozen(self.args, parts, accelerator, name, dtype)
+            encode = functools.partial(self.encode, name, encoder)
             with torch.no_grad():
-                table.fill(self.accelerator, prompts, encode, f"Encoding with {name}", TEXT_BATCH)
+                self.frozen[name] = encode_all(self.prompts, encode, f"Encoding text with {name}", TEXT_BATCH)
             del encoder, encode
-            training_utils.free_memory()
+            free_memory()
 
-    def report_cut(self, prompts):
-        """Warns of prompts that an encoder cannot read to the end, ten at most, with the words that are lost."""
-        cut = {}
-        for name, tokenizer in self.tokenizers.items():  # T5 comes last: what it loses, CLIP loses too
-            for prompt in prompts:
-                lost = tokenizer(prompt, verbose=False).input_ids[tokenizer.model_max_length - 1 : -1]
-                if lost:
-                    cut[prompt] = f"{name} loses {tokenizer.decode(lost)!r}"
-        for prompt in list(cut)[:10]:
-            log.warning(f"the prompt {prompt[:60]!r} is too long: {cut[prompt]}")
-        log.info(f"{len(prompts)} different prompts, {len(cut)} of them cut")
-
-    def encode(self, prompts, encoder, name):
+    def encode(self, name, encoder, prompts):
         """One encoder's part of the text: states (B, tokens, width) and, of a CLIP, the pooled output (B, width)."""
         tokens = self.tokenizers[name](prompts, padding="max_length", truncation=True, return_tensors="pt")
-        output = encoder(tokens.input_ids.to(self.accelerator.device), output_hidden_states=True)
-        if name == "text_encoder_3":
+        output = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
+        if name == T5:
             return {"states": output[0]}
         return {"states": output.hidden_states[-2], "pooled": output.text_embeds}
 
     def embed_with(self, name, prompts):
         """One encoder's part of the text, computed if the encoder is trained, else looked up."""
         if name in self.trained:
-            return self.encode(prompts, self.trained[name], name)
-        return torch.utils.data.default_collate([self.look_up(name, prompt) for prompt in prompts])
+            return self.encode(name, self.trained[name], prompts)
+        found = default_collate([self.frozen[name][prompt] for prompt in prompts])
+        return utils.send_to_device(found, self.device)
 
     def __call__(self, prompts):
         """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts.
@@ -995,13 +879,12 @@ class PromptTable:
         The CLIPs' states side by side, zero-padded to the joint width D, then T5's states along the token axis; the
         pooled outputs side by side. As in StableDiffusion3Pipeline.encode_prompt. Without T5 its part is zeros.
         """
-        clip_l = self.embed_with("text_encoder", prompts)
-        clip_g = self.embed_with("text_encoder_2", prompts)
-        pooled = torch.cat([clip_l["pooled"], clip_g["pooled"]], dim=-1)
-        clips = torch.cat([clip_l["states"], clip_g["states"]], dim=-1)
-        clips = torch.nn.functional.pad(clips, (0, self.width - clips.shape[-1]))
-        if "text_encoder_3" in self.tokenizers:
-            t5 = self.embed_with("text_encoder_3", prompts)["states"].to(clips.dtype)
+        both = [self.embed_with(name, prompts) for name in TEXT_ENCODERS[:2]]
+        pooled = torch.cat([part["pooled"] for part in both], dim=-1)
+        clips = torch.cat([part["states"] for part in both], dim=-1)
+        clips = functional.pad(clips, (0, self.width - clips.shape[-1]))
+        if T5 in self.tokenizers:
+            t5 = self.embed_with(T5, prompts)["states"].to(clips.dtype)
         else:
             t5 = clips.new_zeros(len(prompts), self.args.max_sequence_length, self.width)
         return torch.cat([clips, t5], dim=-2), pooled
@@ -1010,31 +893,19 @@ class PromptTable:
 # ---- Flow matching --------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def on_loan(vae, device):
-    """Moves the VAE to `device` for the with block, keeping its CPU weights: none is copied back."""
-    waiting = [(parameter, parameter.data) for parameter in vae.parameters()]
-    vae.to(device)
-    try:
-        yield
-    finally:
-        for parameter, weight in waiting:
-            parameter.data = weight
-
-
 def encode_moments(vae, pixels):
     """Posterior of uint8 pixels (B, 3 or 4, H, W): mean, deviation, mask of a fourth band: (B, 2C or 2C + 1, h, w)."""
     pixels = pixels.float().div_(127.5).sub_(1)
-    with torch.no_grad(), on_loan(vae, pixels.device):
+    with torch.no_grad(), offload_models(vae, device=pixels.device, offload=vae.device != pixels.device):
         posterior = vae.encode(pixels[:, :3]).latent_dist
     moments = [posterior.mean, posterior.std]
     if pixels.shape[1] > 3:
         mask = (pixels[:, 3:] + 1) / 2
-        moments.append(torch.nn.functional.interpolate(mask, posterior.mean.shape[2:], mode="area"))
+        moments.append(functional.interpolate(mask, posterior.mean.shape[2:], mode="area"))
     return torch.cat(moments, dim=1)
 
 
-def cache_moments(dataset, vae, accelerator, name):
+def cache_moments(dataset, vae, accelerator):
     """Encodes every image of the dataset once, in one crop each."""
 
     def encode(keys):
@@ -1046,10 +917,8 @@ def cache_moments(dataset, vae, accelerator, name):
     for kind, images in dataset.images.items():
         for index in range(len(dataset)):
             keys[kind, index % len(images), dataset.size(index)] = None
-    moments = TensorFolder(dataset.args, name)
-    moments.fill(accelerator, list(keys), encode, "Caching latents")
-    dataset.moments = moments
-    dataset.kept.clear()
+    dataset.moments = encode_all(list(keys), encode, "Encoding images")
+    dataset.load.cache_clear()
 
 
 def draw_latents(args, vae_config, moments, seeds, device):
@@ -1064,14 +933,8 @@ def draw_latents(args, vae_config, moments, seeds, device):
     for seed in seeds:
         generator = torch.Generator(device).manual_seed(seed)
         normal.append(torch.randn((2, *mean.shape[1:]), generator=generator, device=device))
-        density = training_utils.compute_density_for_timestep_sampling(
-            weighting_scheme=args.weighting_scheme,
-            batch_size=1,
-            logit_mean=args.logit_mean,
-            logit_std=args.logit_std,
-            mode_scale=args.mode_scale,
-            device=device,
-            generator=generator,
+        density = compute_density_for_timestep_sampling(
+            args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, device, generator
         )
         densities.append(density)
     sample, noise = torch.stack(normal, dim=1).to(moments.device)
@@ -1093,21 +956,14 @@ def flow_losses(args, transformer, scheduler, drawn, text, target=None):
     sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
     noisy = (1 - sigma) * latents + sigma * noise
     # Under autocast: half precision inside, float32 in and out.
-    velocity = transformer(
-        hidden_states=noisy,
-        timestep=scheduler.timesteps[index],
-        encoder_hidden_states=embeds,
-        pooled_projections=pooled,
-        return_dict=False,
-    )[0].float()
+    velocity = transformer(noisy, embeds, pooled, scheduler.timesteps[index], return_dict=False)[0].float()
+    prediction = velocity
+    truth = noise - latents
     if args.precondition_outputs:
         prediction = noisy - sigma * velocity
         truth = latents
-    else:
-        prediction = velocity
-        truth = noise - latents
     error = prediction - (truth if target is None else target)
-    weight = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
+    weight = compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
     if mask is not None:  # the mean over what the mask leaves
         weight = weight * mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
     losses = (weight * error**2).flatten(1).mean(dim=1)
@@ -1127,11 +983,10 @@ def loss_weights(args):
 def mean_loss(args, losses):
     """The loss that is minimised: the weighted sum of each kind's mean."""
     weights = loss_weights(args).values()
-    kinds = losses.chunk(len(weights))
-    return sum(weight * kind.mean() for weight, kind in zip(weights, kinds, strict=True))
+    return sum(weight * kind.mean() for weight, kind in zip(weights, losses.chunk(len(weights)), strict=True))
 
 
-@dataclasses.dataclass
+@dataclass
 class Frozen:
     """What is not trained and always travels together."""
 
@@ -1150,47 +1005,24 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 RESULT = {  # what the model card says of it and what is uploaded
     "title": "SD3 DreamBooth LoRA",
     "tags": ["lora", "template:sd-lora"],
-    "pipeline": "{base!r}{options}",
+    "pipeline": "{base!r}",
     "usage": "pipeline.load_lora_weights({!r})",
     "files": [WEIGHTS],
 }
 
 
-def choose_blocks(args, count):
-    """Numbers of the blocks, below `count`, that --lora_blocks names, such as 0,3 or 12-24; all without the flag."""
-    blocks = range(count)
-    numbers = []
-    for name in split_names(args.lora_blocks or f"0-{count - 1}"):
-        first, _, last = name.partition("-")
-        with or_refuse(f"--lora_blocks: {name!r} is not a block; the transformer has blocks 0 to {count - 1}"):
-            found = blocks[blocks.index(int(first)) : blocks.index(int(last or first)) + 1]
-            if not found:
-                raise ValueError("it counts down")
-        numbers += found
-    return numbers
-
-
 def choose_layers(args, transformer):
-    """Names of the linear layers that get an adapter. Refuses a layer or a block that is not there."""
+    """Names of the linear layers that get an adapter. Refuses a layer or a block that has none."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    numbers = choose_blocks(args, len(transformer.transformer_blocks))
-    inside = []
-    for number in numbers:
-        inside += fnmatch.filter(linear, f"transformer_blocks.{number}.*")
-    if args.lora_layers == "all-linear":
-        return inside
-    chosen = []
-    for layer in split_names(args.lora_layers or LORA_LAYERS):
-        found = fnmatch.filter(inside, f"*.{layer}")
-        if args.lora_layers and not found:
-            known = sorted({name.split(".", 2)[2] for name in inside})
-            refuse(f"--lora_layers: no layer is named {layer!r}; there are {', '.join(known)}, or all-linear alone")
-        chosen += found
-    for number in numbers:
-        if args.lora_blocks and not fnmatch.filter(chosen, f"transformer_blocks.{number}.*"):
-            refuse(f"--lora_blocks: block {number} has none of --lora_layers {args.lora_layers}")
-    counts = Counter(name.split(".", 2)[2] for name in sorted(chosen))
-    log.info(f"adapters: {dict(counts)}")
+    blocks = [f"transformer_blocks.{block}.*" for block in split_names(args.lora_blocks or "*")]
+    names = (args.lora_layers or LORA_LAYERS).replace("all-linear", "*")
+    layers = [f"*.{layer}" for layer in split_names(names)]
+    inside = sum([fnmatch.filter(linear, block) for block in blocks], [])
+    chosen = sum([fnmatch.filter(inside, layer) for layer in layers], [])
+    for pattern in blocks + layers if args.lora_layers else blocks:
+        if not fnmatch.filter(chosen, pattern):
+            known = fnmatch.filter(linear, "transformer_blocks.0.*")
+            refuse(f"--lora_blocks, --lora_layers: no layer is named {pattern}; give all-linear, or parts of {known}")
     return chosen
 
 
@@ -1198,18 +1030,17 @@ def choose_targets(args, parts, accelerator, checkpoint):
     """Layers that get an adapter, by model. All flags about adapters are checked here, before text is encoded."""
     quantized = read_quantization(args)
     if args.blocks_to_swap:
-        whole = not quantized and accelerator.distributed_type.value != "FSDP"
-        if not (whole and args.gradient_checkpointing and accelerator.device.type == "cuda"):
+        plain = args.gradient_checkpointing and not quantized and not is_split(accelerator)
+        if not plain or accelerator.device.type != "cuda":
             refuse("--blocks_to_swap needs an NVIDIA GPU, --gradient_checkpointing, no quantised base and no FSDP2")
-    targets = {"transformer": choose_layers(args, sketch_part(args, parts, "transformer"))}
+    targets = {"transformer": choose_layers(args, sketch_part(parts, "transformer"))}
     if args.train_text_encoder:
-        for name in TEXT_ENCODERS[:2]:
-            targets[name] = ["q_proj", "k_proj", "v_proj", "out_proj"]
+        targets |= dict.fromkeys(TEXT_ENCODERS[:2], ["q_proj", "k_proj", "v_proj", "out_proj"])
     for name, layers in targets.items():
         if args.init_lora and not checkpoint:
-            model = sketch_part(args, parts, name)
+            model = sketch_part(parts, name)
             make_trainable(args, model, layers)
-            read_adapters(args, args.init_lora, name, model)
+            load_adapters(args, args.init_lora, name, model)
     return targets
 
 
@@ -1220,15 +1051,12 @@ def read_quantization(args, dtype=None):
         return None
     remedy = 'give a JSON file with fields of a BitsAndBytesConfig, such as {"load_in_4bit": true}, on a GPU'
     with or_refuse(f"--bnb_quantization_config_path {path!r}: {remedy}"):
-        from diffusers import BitsAndBytesConfig
-        from diffusers.quantizers import DiffusersAutoQuantizer
-
         fields = json.loads(Path(path).read_text())
-        fields["bnb_4bit_compute_dtype"] = dtype
-        config = BitsAndBytesConfig(**fields)
+        config = BitsAndBytesConfig(**fields | {"bnb_4bit_compute_dtype": dtype})
         if not config.quantization_method():  # diffusers ignores unknown fields, so a misspelt one would be lost
             raise ValueError("neither load_in_8bit nor load_in_4bit, in fp4 or nf4")
-        DiffusersAutoQuantizer.from_config(config).validate_environment()
+        if not torch.cuda.is_available():
+            raise ValueError("there is no GPU")
     return config
 
 
@@ -1245,7 +1073,7 @@ def make_trainable(args, model, layers):
         target_modules=layers,
     )
     model.add_adapter(config)
-    training_utils.cast_training_params(model, torch.float32)
+    cast_training_params(model, torch.float32)
     for module in adapter_layers(model):
         module.cast_input_dtype_enabled = False  # autocast would take PEFT's cast to float32 back at once
 
@@ -1259,36 +1087,33 @@ def adapter_scale(rank, lora_alpha=None, use_rslora=False, **others):
     return (lora_alpha or rank) / (math.sqrt(rank) if use_rslora else rank)
 
 
-def read_adapters(args, source, name, model):
-    """Weights of a model's adapters from a checkpoint or --init_lora. Refuses those of other layers or ranks."""
+def load_adapters(args, source, name, model):
+    """Loads a model's adapters from a checkpoint or --init_lora. Refuses those of other layers or ranks."""
     file = Path(source)
     if file.is_dir():
         file /= WEIGHTS
-    scale = 1  # in the result it is multiplied into lora_B, see save_weights
-    with or_refuse(f"the adapters in {str(source)!r} cannot be read"):
+    with or_refuse(f"the adapters of the {name} in {str(source)!r} cannot be used by this run"):
         file.stat()  # else diffusers would look for it on the Hub
-        options = {"weight_name": file.name, "return_lora_metadata": True}
-        weights, header = StableDiffusion3Pipeline.lora_state_dict(str(file.parent), **options)
+        weights, header = StableDiffusion3Pipeline.lora_state_dict(
+            str(file.parent), weight_name=file.name, return_lora_metadata=True
+        )
+        scale = 1 / adapter_scale(**vars(args))  # in the result alpha / rank is multiplied into lora_B
         if header:
-            scale = adapter_scale(header[f"{name}.r"], header[f"{name}.lora_alpha"], header[f"{name}.use_rslora"])
-        elif file.with_name("scheduler.bin").is_file():  # a checkpoint
-            scale = adapter_scale(**read_manifest(file.parent)["run"])
-    scale /= adapter_scale(**vars(args))
-    state = {}
-    for key, weight in weights.items():
-        part, _, key = key.replace("vector.weight", "vector").partition(".")  # PEFT's name for DoRA's magnitude
-        if part == name:
-            state[key] = weight * scale if "lora_B" in key else weight
-        elif not args.train_text_encoder:
-            log.warning_once(f"{file}: its adapters of the {part} are not used")
-    given = {(key, tuple(weight.shape)) for key, weight in state.items()}
-    adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
-    wanted = {(key, tuple(weight.shape)) for key, weight in adapters.items()}
-    differ = sorted(given ^ wanted)
-    if differ:
-        found = f"{len(differ)} tensors of the {name} differ, such as {differ[0]}"
-        refuse(f"{str(source)!r} does not match this run's adapters: {found}")
-    return state
+            scale *= adapter_scale(header[f"{name}.r"], header[f"{name}.lora_alpha"], header[f"{name}.use_rslora"])
+        elif any(file.parent.glob("scheduler*")):  # a checkpoint
+            scale *= adapter_scale(**read_manifest(file.parent)["run"])
+        state = {}
+        for key, weight in weights.items():
+            part, _, key = key.replace("vector.weight", "vector").partition(".")  # PEFT's name for DoRA's magnitude
+            if part == name:
+                state[key] = weight * scale if "lora_B" in key else weight
+            elif not args.train_text_encoder:
+                log.warning_once(f"{file}: its adapters of the {part} are not used")
+        differ = get_peft_model_state_dict(model, save_embedding_layers=False).keys() ^ state.keys()
+        if differ:
+            raise ValueError(f"{len(differ)} tensors differ, such as {min(differ)}")
+        set_peft_model_state_dict(model, state)
+    cast_training_params(model, torch.float32)
 
 
 class SwappedBlocks:
@@ -1348,16 +1173,14 @@ def load_trained(args, parts, accelerator, targets, checkpoint):
             options["quantization_config"] = read_quantization(args, dtype)
             if args.blocks_to_swap:
                 options["device_map"] = {"": "cpu"}
-        model = load_to_train(args, parts, accelerator, name, dtype, **options)
+        model = load_to_train(parts, accelerator, name, dtype, **options)
         make_trainable(args, model, layers)
         if source:
-            set_peft_model_state_dict(model, read_adapters(args, source, name, model))
-            training_utils.cast_training_params(model, torch.float32)
-        if name == "transformer":
-            cut_positions(args, model)
-            if args.blocks_to_swap:
-                SwappedBlocks(model.transformer_blocks[: args.blocks_to_swap], accelerator.device)
+            load_adapters(args, source, name, model)
         trained[name] = model.train()
+    cut_positions(args, trained["transformer"])
+    if args.blocks_to_swap:
+        SwappedBlocks(trained["transformer"].transformer_blocks[: args.blocks_to_swap], accelerator.device)
     return trained
 
 
@@ -1369,40 +1192,19 @@ def read_states(accelerator, models):
     """The models' weights by their own names. A collective, because under FSDP2 each process has a part of them."""
     states = {}
     for name, model in models.items():
-        state = accelerator.get_state_dict(model)
-        # Prefixes of torch.compile and of DDP.
-        state = {key.replace("_orig_mod.", "").removeprefix("module."): weight for key, weight in state.items()}
-        states[name] = state
+        states[name] = {}
+        for key, weight in accelerator.get_state_dict(model).items():
+            states[name][key.replace("_orig_mod.", "").removeprefix("module.")] = weight  # of torch.compile and DDP
     return states
-
-
-def describe_adapters(args, config):
-    """Header by which other programs know a LoRA file: Stability's ModelSpec, and the rank as sd-scripts names it.
-
-    `config` is the transformer's.
-    """
-    version = "3-medium"
-    if config.qk_norm:
-        version = "3.5-medium" if config.dual_attention_layers else "3.5-large"
-    prompt = args.instance_prompt or ""
-    return {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"stable-diffusion-v{version}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": f"{RESULT['title']} {prompt}",
-        "modelspec.trigger_phrase": prompt,
-        "ss_network_dim": str(args.rank),
-    }
 
 
 def save_with_header(header, weights, path):
     """Writes a safetensors file: 8 bytes of length, JSON, tensors. safetensors itself orders each header at random."""
     data = save(weights)
-    end = 8 + int.from_bytes(data[:8], "little")
-    text = json.dumps({"__metadata__": header} | json.loads(data[8:end])).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
-    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    start = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps({"__metadata__": header} | json.loads(data[8:start]))
+    text += " " * (-len(text) % 8)  # the tensors stay aligned
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[start:])
 
 
 def save_weights(args, accelerator, models, states, folder, parts=None):
@@ -1413,22 +1215,34 @@ def save_weights(args, accelerator, models, states, folder, parts=None):
     """
     if not accelerator.is_main_process:
         return
-    final = parts is not None
     dtype = torch.float32
-    if final and not args.upcast_before_saving:
-        dtype = frozen_dtype(accelerator)
+    scale = 1
+    if parts:
+        scale = adapter_scale(**vars(args))
+        if not args.upcast_before_saving:
+            dtype = frozen_dtype(accelerator)
+    config = accelerator.unwrap_model(models["transformer"], keep_torch_compile=False).config
+    version = "3-medium"
+    if config.qk_norm:
+        version = "3.5-medium" if config.dual_attention_layers else "3.5-large"
+    header = {  # Stability's ModelSpec, and the rank as sd-scripts names it
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"stable-diffusion-v{version}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"{RESULT['title']} {args.instance_prompt or ''}",
+        "modelspec.trigger_phrase": args.instance_prompt or "",
+        "ss_network_dim": str(args.rank),
+    }
     layers = {}
     for name, model in models.items():
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
-        state = get_peft_model_state_dict(model, state_dict=states[name], save_embedding_layers=False)
-        if name == "transformer":
-            header = describe_adapters(args, model.config)
-        if final:
-            scale = adapter_scale(**vars(args))
-            state = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
-        if final and name in TEXT_ENCODERS:  # transformers 5 finds their DoRA magnitudes under this name alone
-            state = {re.sub("magnitude_vector$", "magnitude_vector.weight", key): v for key, v in state.items()}
-        layers[f"{name}_lora_layers"] = {key: weight.to(dtype) for key, weight in state.items()}
+        state = {}
+        for key, weight in get_peft_model_state_dict(model, states[name], save_embedding_layers=False).items():
+            if parts and name in TEXT_ENCODERS:  # transformers 5 finds their DoRA magnitudes under this name alone
+                key = re.sub("magnitude_vector$", "magnitude_vector.weight", key)
+            state[key] = (weight * scale if "lora_B" in key else weight).to(dtype)
+        layers[f"{name}_lora_layers"] = state
     write = functools.partial(save_with_header, header)
     StableDiffusion3Pipeline.save_lora_weights(folder, **layers, save_function=write)
 
@@ -1447,8 +1261,8 @@ def batch_losses(args, accelerator, models, frozen, prompts, drawn):
 
     if not args.output_preservation_weight:
         return losses(prompts)[0]
-    adapters = sum(map(adapter_layers, models.values()), [])
     kept = [args.class_prompt] * len(prompts)
+    adapters = sum(map(adapter_layers, models.values()), [])
     for layer in adapters:
         layer.enable_adapters(False)
     with torch.no_grad():
@@ -1486,7 +1300,7 @@ def make_optimizer(args, accelerator, models):
         from prodigyopt import Prodigy
 
         names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-        return Prodigy(groups, **shared, **{name: getattr(args, f"prodigy_{name}") for name in names})
+        return Prodigy(groups, **shared, **{name: vars(args)[f"prodigy_{name}"] for name in names})
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
@@ -1515,7 +1329,7 @@ def check_optimizer(args, accelerator):
         make_schedule(args, optimizer, 1)
 
 
-@dataclasses.dataclass
+@dataclass
 class Trained:
     """What is trained and always travels together."""
 
@@ -1523,47 +1337,37 @@ class Trained:
     parameters: list
     optimizer: object
     schedule: object
-    average: training_utils.EMAModel | None
+    average: EMAModel | None
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
-FORMAT = 1  # of a checkpoint; bump it when old and new scripts can no longer read each other's checkpoints
+FORMAT = 2  # of a checkpoint; bump it when old and new scripts can no longer read each other's checkpoints
 MANIFEST = "dreambooth.json"
-AVERAGE = "ema.safetensors"
 MUST_MATCH = (
     "method pretrained_model_name_or_path pretrained_transformer_model_name_or_path revision variant"
     " train_text_encoder optimizer use_8bit_adam use_ema full_bf16 rank lora_alpha use_rslora use_dora lora_layers"
     " lora_blocks bnb_quantization_config_path"
 ).split()
-MAY_DIFFER = (  # without a word
-    "local_rank cache_dir dataloader_num_workers output_dir logging_dir report_to"
-    " tracker_project_name tracker_run_name checkpointing_steps checkpoints_total_limit resume_from_checkpoint dry_run"
-    " push_to_hub hub_model_id hub_private_repo validation_prompt validation_data_dir num_validation_images"
-    " validation_epochs validation_num_inference_steps validation_guidance_scale skip_final_inference"
-).split()
-LENGTH = ("max_train_steps", "num_train_epochs")  # changes the rate, unless that is constant
+LENGTH = ("max_train_steps", "num_train_epochs")
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")  # of the optimizer's groups: on resume the flags' win
-SHARES = ("processes", "train_batch_size", "gradient_accumulation_steps")  # their product is the size of an update
 
 
-@dataclasses.dataclass
+@dataclass
 class Progress:
     """Where a run stands."""
 
     facts: dict  # what describe_run gives, for checkpoints
-    caught: list  # numbers of signals
+    caught: dict  # signals by number
     step: int  # updates made
     total: int
+    finished: bool = False  # whether the result is written
     bar: tqdm | None = None
-    skipped: list = dataclasses.field(default_factory=list)  # updates that were not finite
-    failed: list = dataclasses.field(default_factory=list)  # what went wrong without costing the weights
-    seconds: list = dataclasses.field(default_factory=list)  # of each update
-    losses: list = dataclasses.field(default_factory=list)  # of each update
     clock: float = 0.0  # when the present update began
-    memory_gb: float = 0.0  # the most so far
     validation_loss: float = 0.0  # of the held-out images, the last one
-    finished: bool = False
+    history: list = field(default_factory=list)  # figures of each update
+    skipped: list = field(default_factory=list)  # updates that were not finite
+    failed: list = field(default_factory=list)  # what went wrong without costing the weights
 
 
 def describe_run(args, accelerator, dataset):
@@ -1571,19 +1375,15 @@ def describe_run(args, accelerator, dataset):
     facts = vars(args) | {"method": METHOD, "processes": accelerator.num_processes, "images": dataset.digest}
     del facts["hub_token"]
     facts["validation_prompt"] = " | ".join(args.validation_prompt or ())  # trackers take no lists
-    base = Path(args.pretrained_model_name_or_path)
-    if base.is_dir():
-        facts["pretrained_model_name_or_path"] = str(base.resolve())
     return facts
 
 
 def list_states(accelerator, trained):
     """What this process adds to a checkpoint beside the weights, by file: all of it, or its part under FSDP2."""
     part = f"_{accelerator.process_index}" if is_split(accelerator) else ""
-    states = {f"optimizer{part}.bin": trained.optimizer, f"scheduler{part}.bin": trained.schedule}
-    if accelerator.scaler:
-        states[f"scaler{part}.pt"] = accelerator.scaler
-    return states
+    states = {"optimizer": trained.optimizer, "scheduler": trained.schedule}
+    states |= {"scaler": accelerator.scaler, "ema": trained.average}
+    return {f"{name}{part}.bin": state for name, state in states.items() if state}
 
 
 def save_checkpoint(args, accelerator, trained, state):
@@ -1595,7 +1395,6 @@ def save_checkpoint(args, accelerator, trained, state):
     failed = []
     with attempt(failed, what):
         save_weights(args, accelerator, trained.models, states, partial)
-        # Under FSDP2 accelerator.save_state would write the whole model as well.
         partial.mkdir(exist_ok=True)
         if accelerator.is_main_process or is_split(accelerator):
             for file, part in list_states(accelerator, trained).items():
@@ -1604,7 +1403,7 @@ def save_checkpoint(args, accelerator, trained, state):
     if accelerator.is_main_process:
         with attempt(failed, what):
             if not failed:
-                complete_checkpoint(args, trained.average, state, partial)
+                write_manifest(args, state, partial, ["**/*"])
                 remove(folder)
                 partial.rename(folder)
                 tidy_checkpoints(args, state.step)
@@ -1614,35 +1413,22 @@ def save_checkpoint(args, accelerator, trained, state):
     accelerator.wait_for_everyone()
 
 
-def complete_checkpoint(args, average, state, folder):
-    """Adds the averaged weights and the manifest to what is written."""
-    if average:
-        tensors = {str(number): weight.contiguous() for number, weight in enumerate(average.shadow_params)}
-        tensors["step"] = torch.tensor(average.optimization_step)
-        save_file(tensors, folder / AVERAGE)
-    write_manifest(args, state, folder, ["**/*"])
-
-
 def write_manifest(args, state, folder, patterns):
-    """Writes what a checkpoint or the result consists of, gives it the umask's mode and flushes it to the disk."""
-    sizes = {}
-    for pattern in patterns:
-        for path in Path(folder).glob(pattern):
-            if path.is_file():
-                sizes[str(path.relative_to(folder))] = path.stat().st_size
-    manifest = {"format": FORMAT, "step": state.step, "seed": args.seed, "run": state.facts, "files": sizes}
+    """Says what a checkpoint or the result is, gives its files the umask's mode and flushes them to the disk."""
+    manifest = {"format": FORMAT, "step": state.step, "seed": args.seed, "run": state.facts}
     path = Path(folder, MANIFEST)
     path.write_text(json.dumps(manifest, indent=2))
-    for name in (*sizes, MANIFEST):
-        with contextlib.suppress(OSError):  # a file system without modes
-            Path(folder, name).chmod(path.stat().st_mode)
-        try:
-            with Path(folder, name).open("rb+") as file:
-                os.fsync(file.fileno())  # else a crash now could leave the name without the contents
-        except OSError as error:
-            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-                raise
-            log.warning_once(f"{args.output_dir} cannot be flushed to its disk, a crash may cost files: {error}")
+    for pattern in (*patterns, MANIFEST):
+        for file in filter(Path.is_file, Path(folder).glob(pattern)):
+            with suppress(OSError):  # a file system without modes
+                file.chmod(path.stat().st_mode)
+            try:
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())  # else a crash now could leave the name without the contents
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
+                log.warning_once(f"{args.output_dir} cannot be flushed to its disk: a crash may cost files")
 
 
 def remove(folder):
@@ -1654,12 +1440,13 @@ def remove(folder):
 
 def tidy_checkpoints(args, step):
     """Renames checkpoints of an abandoned run, later than this one, and removes those over the limit."""
-    present = list_checkpoints(args.output_dir)
-    for number, path in present.items():
+    kept = []
+    for number, path in list_checkpoints(args.output_dir).items():
         if number > step:
             aside = path.rename(f"{path}.{time.time():.0f}")
             log.warning(f"{path} belongs to an abandoned run; renamed to {aside}")
-    kept = [path for number, path in present.items() if number <= step]
+        else:
+            kept.append(path)
     for old in kept[args.checkpoints_total_limit or sys.maxsize :]:
         remove(old)
 
@@ -1678,16 +1465,11 @@ def read_manifest(folder):
     """What a checkpoint holds. Errors: ValueError that says what is wrong with it."""
     try:
         manifest = json.loads(Path(folder, MANIFEST).read_text())
-        if manifest.get("format") != FORMAT:
-            refuse(f"{folder}: its format is {manifest.get('format')}, not {FORMAT}: use the script that wrote it")
-        for name, size in manifest["files"].items():
-            found = Path(folder, name).stat().st_size
-            if found != size:
-                raise ValueError(f"{name} has {found} bytes, not {size}")
-        manifest["step"], manifest["seed"], [manifest["run"][name] for name in SHARES]
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        if manifest.get("format") == FORMAT:
+            return manifest
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder} is no checkpoint to resume from: {error}") from error
-    return manifest
+    return refuse(f"{folder}: its format is {manifest.get('format')}, not {FORMAT}: use the script that wrote it")
 
 
 def find_checkpoint(args):
@@ -1701,15 +1483,14 @@ def find_checkpoint(args):
         return None, {}
     if wanted != "latest":
         present = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
-    else:
-        with contextlib.suppress(ValueError):  # no result, or not a whole one
-            manifest = read_manifest(args.output_dir)
-            asked = {"max_train_steps": args.max_train_steps, "num_train_epochs": args.num_train_epochs}
-            if asked.items() <= manifest["run"].items():
-                return Path(args.output_dir), manifest
+    elif Path(args.output_dir, MANIFEST).is_file():
+        present.insert(0, Path(args.output_dir))  # its result is the end of the run, unless more is asked for
     for folder in present:
         try:
-            return folder, read_manifest(folder)
+            manifest = read_manifest(folder)
+            longer = any(manifest["run"].get(name) != vars(args)[name] for name in LENGTH)
+            if folder != Path(args.output_dir) or not longer:
+                return folder, manifest
         except ValueError as error:
             log.warning(f"passed over: {error}")
     if wanted != "latest":
@@ -1719,21 +1500,15 @@ def find_checkpoint(args):
 
 
 def compare_runs(accelerator, checkpoint, manifest, now):
-    """Stops if the checkpoint's model or optimizer settings differ; warns about other changes, which take effect."""
+    """Stops if the checkpoint's model or optimizer settings differ; names other changed flags, which take effect."""
     then = manifest.get("run", now)
-    differ = [name for name in then if name in now and then[name] != now[name]]
-    fixed = MUST_MATCH
-    if is_split(accelerator):
-        fixed = [*MUST_MATCH, "processes"]
-    for name in fixed:
-        if name in differ:
-            refuse(f"{checkpoint} was trained with {name} {then[name]!r}, not {now[name]!r}: give the same")
-    silent = [*MAY_DIFFER]
-    if math.prod(then[name] for name in SHARES) == math.prod(now[name] for name in SHARES):
-        silent += SHARES  # an update has the same images, however they are shared out
-    if now["lr_scheduler"].startswith("constant"):
-        silent += LENGTH
-    changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in differ if name not in silent]
+    fixed = [*MUST_MATCH, "processes"] if is_split(accelerator) else MUST_MATCH
+    changed = []
+    for name in sorted(then.keys() & now.keys() - {"resume_from_checkpoint"}):
+        if then[name] != now[name]:
+            changed.append(f"{name} {then[name]!r} -> {now[name]!r}")
+            if name in fixed:
+                refuse(f"{checkpoint} was trained with {name} {then[name]!r}, not {now[name]!r}: give the same")
     if changed:
         log.warning(f"resuming {checkpoint} with changed flags: {', '.join(changed)}")
 
@@ -1742,33 +1517,29 @@ def resume(accelerator, checkpoint, trained, state):
     """Loads what goes with a checkpoint's weights: optimizer, schedule, scaler, average. The flags' settings win."""
     if not checkpoint or state.finished:
         return
-    settings = []
-    for group in trained.optimizer.param_groups:
-        settings.append({name: group[name] for name in SETTINGS})
+    groups = trained.optimizer.param_groups
+    schedule = trained.schedule.scheduler  # torch's LambdaLR, inside accelerate's wrapper
     with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
-        device = device_of(accelerator) if is_split(accelerator) else "cpu"  # the optimizer moves a copy to the device
+        device = accelerator.device if is_split(accelerator) else "cpu"  # the optimizer moves a copy to the device
         for file, part in list_states(accelerator, trained).items():
             saved = torch.load(Path(checkpoint, file), map_location=device, weights_only=True)
+            for old, group in zip(saved.get("param_groups", ()), groups, strict=False):
+                old |= {name: group[name] for name in SETTINGS}
             part.load_state_dict(saved)
-        if trained.average:
-            weights = load_file(Path(checkpoint, AVERAGE), device=str(device_of(accelerator)))
-            trained.average.optimization_step = weights.pop("step").item()
-            trained.average.shadow_params = [weights[str(number)] for number in range(len(weights))]
-    schedule = trained.schedule.scheduler  # torch's LambdaLR, inside accelerate's wrapper
-    schedule.base_lrs = [own["initial_lr"] for own in settings]
     groups = trained.optimizer.param_groups  # loading has made new ones
-    for group, own, factor in zip(groups, settings, schedule.lr_lambdas, strict=True):
-        group.update(own)
-        group["lr"] = own["initial_lr"] * factor(schedule.last_epoch)
+    schedule.base_lrs = [group["initial_lr"] for group in groups]
+    for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+    if trained.average:
+        trained.average.to(accelerator.device)
+        trained.average.decay = state.facts["ema_decay"]
     log.info(f"Resumed from {checkpoint}")
-    if state.step >= state.total:
-        log.warning(f"nothing is left to train: {checkpoint} has {state.step} updates, {state.total} are asked for")
 
 
 # ---- Validation -----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
+@contextmanager
 def evaluation(trained):
     """Models in eval mode, without gradients and with the averaged weights if there are any, for the with block."""
     models = torch.nn.ModuleList(trained.models.values())
@@ -1785,7 +1556,7 @@ def evaluation(trained):
         models.train()
 
 
-@contextlib.contextmanager
+@contextmanager
 def rescue(args, accelerator, trained, state):
     """Saves a checkpoint if an error ends the training of one process; of several, others may be waiting elsewhere.
 
@@ -1803,7 +1574,7 @@ def rescue(args, accelerator, trained, state):
         raise
 
 
-@contextlib.contextmanager
+@contextmanager
 def attempt(failed, what, kind=Exception):
     """Logs an exception and records `what` in `failed` instead of raising. No collective may be called inside."""
     try:
@@ -1819,11 +1590,10 @@ def draw_images(args, transformer, frozen, prompt, seeds, **options):
 
     Errors: ValueError for latents that are not finite.
     """
-    count = len(seeds)
-    embeds, pooled = frozen.embed([prompt] * count)
-    empty_embeds, empty_pooled = frozen.embed([""] * count)
+    embeds, pooled = frozen.embed([prompt] * len(seeds))
+    empty_embeds, empty_pooled = frozen.embed([""] * len(seeds))
     absent = dict.fromkeys(("vae", *TEXT_ENCODERS, *TOKENIZERS))
-    scheduler = type(frozen.scheduler).from_config(frozen.scheduler.config)
+    scheduler = frozen.scheduler.from_config(frozen.scheduler.config)
     pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **absent)
     pipeline.set_progress_bar_config(disable=True)
     latents = pipeline(
@@ -1850,8 +1620,9 @@ def decode_latents(args, transformer, vae, latents):
     device = latents.device
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
     short = args.offload or not has_room(device, DECODING * args.resolution**2)
-    away = training_utils.offload_models(transformer, device="cpu", offload=short and transformer.device == device)
-    with away, on_loan(vae, device), torch.autocast(device.type, enabled=False):
+    away = offload_models(transformer, device="cpu", offload=short and transformer.device == device)
+    lent = offload_models(vae, device=device, offload=vae.device != device)
+    with away, lent, torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")
 
@@ -1861,11 +1632,11 @@ def add_class_images(args, parts, accelerator, dataset):
     present = list_images(args.class_data_dir)
     taken = {path.name.split("-")[0] for path in present}  # an interrupted run or a user may have left gaps
     free = [number for number in range(args.num_class_images) if str(number) not in taken]
-    lacking = max(args.num_class_images - len(present), 0)
+    lacking = free[: max(args.num_class_images - len(present), 0)]
     accelerator.wait_for_everyone()  # until all have counted: then some start to draw
     if lacking:
-        draw_class_images(args, parts, accelerator, free[:lacking])
-        training_utils.free_memory()
+        draw_class_images(args, parts, accelerator, lacking)
+        free_memory()
     images = list_images(args.class_data_dir)[: args.num_class_images]
     dataset.add_images("class", "--class_data_dir", images, [(args.class_prompt,)] * len(images))
 
@@ -1873,45 +1644,44 @@ def add_class_images(args, parts, accelerator, dataset):
 def draw_class_images(args, parts, accelerator, numbers):
     """Draws the class images of these numbers with the base model; the processes share the work."""
     dtype = DTYPES.get(args.prior_generation_precision, frozen_dtype(accelerator))
-    embed = PromptTable(args, parts, accelerator, dtype)
-    embed.fill(parts, [args.class_prompt, ""])
+    embed = PromptTable(args, parts, accelerator, [args.class_prompt, ""])
+    embed.fill(parts, accelerator, dtype)
     transformer = load_frozen(args, parts, accelerator, "transformer", dtype)
-    vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
+    vae = load_part(parts, "vae", **on_device(accelerator, torch.float32))
     frozen = Frozen(embed, vae, load_scheduler(args, parts, accelerator))
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
-    firsts = range(0, len(mine), args.sample_batch_size)
     remedy = "lower --sample_batch_size if memory ran out, or change --prior_generation_precision"
-    for first in tqdm(firsts, desc="Drawing class images", disable=not accelerator.is_main_process):
+    for first in tqdm(range(0, len(mine), args.sample_batch_size), "Drawing class images"):
         batch = mine[first : first + args.sample_batch_size]
         seeds = [derive_seed(args.seed, "class drawing", number) for number in batch]
-        with or_refuse(f"class images cannot be drawn in {dtype}: {remedy}"), torch.no_grad():
-            images = draw_images(args, transformer, frozen, args.class_prompt, seeds)
-        for number, image in zip(batch, images, strict=True):
-            digest = hashlib.sha256(image.tobytes()).hexdigest()
-            with or_refuse(f"--class_data_dir {args.class_data_dir!r} cannot be written"):
-                save_image(image, Path(args.class_data_dir, f"{number}-{digest[:16]}.png"))
+        with or_refuse(f"class images cannot be drawn in {dtype} into {args.class_data_dir!r}: {remedy}"):
+            with torch.no_grad():
+                images = draw_images(args, transformer, frozen, args.class_prompt, seeds)
+            for number, image in zip(batch, images, strict=True):
+                digest = hashlib.sha256(image.tobytes()).hexdigest()
+                partial = Path(args.class_data_dir, f".{number}.png")  # a hidden name until it is whole
+                image.save(partial)
+                partial.rename(partial.with_name(f"{number}-{digest[:16]}.png"))
     accelerator.wait_for_everyone()
 
 
-def save_image(image, path):
-    """Writes a PNG that is either whole or not there."""
-    partial = path.with_name(f".{path.name}")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+def make_in_turn(accelerator, state, failed, count, make):
+    """What `make` gives for each number below `count`, or nothing. A collective: the processes share the work.
 
-
-def share(accelerator, count):
-    """This process's part of the numbers below `count`: as many on each process, so some numbers may come twice.
-
-    Under FSDP2 all processes must take part in each forward pass.
+    Each tries by itself, and what fails is in `failed`, so that one that fails alone leaves nobody waiting. Under
+    FSDP2 a forward pass needs all of them: each gets as many numbers, some twice, and if it fails, because memory runs
+    out, it ends, and the launcher then ends the others. After a signal nothing more is made.
     """
-    padded = math.ceil(count / accelerator.num_processes) * accelerator.num_processes
-    return [number % count for number in range(accelerator.process_index, padded, accelerator.num_processes)]
-
-
-def gather_dict(found):
-    """The entries that all processes have found, in the order of their keys."""
-    return dict(sorted(utils.gather_object(list(found.items()))))
+    kind = ValueError if is_split(accelerator) else Exception  # draw_images raises it after the passes
+    made = {}
+    for first in range(0, count, accelerator.num_processes):
+        number = (first + accelerator.process_index) % count
+        if read_signal(accelerator, state.caught):
+            break
+        with attempt(failed, f"validation after update {state.step}", kind):
+            made[number] = make(number)
+    made = dict(sorted(utils.gather_object(list(made.items()))))
+    return list(made.values()) if len(made) == count else []
 
 
 HELD_OUT_LEVELS = 8  # noise levels, spread evenly
@@ -1919,13 +1689,13 @@ HELD_OUT_LEVELS = 8  # noise levels, spread evenly
 
 def measure_held_out(args, transformer, frozen, index):
     """Loss of a held-out image at each noise level, from the most noise to the least; the noise is always the same."""
-    example = frozen.held_out[0, index, 0][0]
+    data, prompt, _ = frozen.held_out[0, index, 0][0]
     device = frozen.scheduler.sigmas.device
-    moments = example["data"][None].to(device).expand(HELD_OUT_LEVELS, -1, -1, -1)
+    moments = data.to(device).expand(HELD_OUT_LEVELS, -1, -1, -1)
     seeds = [derive_seed("held out", index, level) for level in range(HELD_OUT_LEVELS)]
     latents, noise, _, mask = draw_latents(args, frozen.vae.config, moments, seeds, torch.device("cpu"))
     u = (torch.arange(HELD_OUT_LEVELS, device=device) + 0.5) / HELD_OUT_LEVELS
-    text = frozen.embed([example["prompt"]] * HELD_OUT_LEVELS)
+    text = frozen.embed([prompt] * HELD_OUT_LEVELS)
     losses, _ = flow_losses(args, transformer, frozen.scheduler, (latents, noise, u, mask), text)
     return losses.tolist()
 
@@ -1933,7 +1703,7 @@ def measure_held_out(args, transformer, frozen, index):
 def log_held_out(accelerator, losses, state):
     """Logs the held-out loss: the mean over the images at each noise level, 8 the most noise, and that of all."""
     means = np.mean(losses, axis=0)
-    figures = {f"validation_loss_{len(means) - number}": mean for number, mean in enumerate(means)}
+    figures = {f"validation_loss_{HELD_OUT_LEVELS - number}": mean for number, mean in enumerate(means)}
     figures["validation_loss"] = state.validation_loss = means.mean()
     log_figures(accelerator, state, figures)
 
@@ -1941,71 +1711,57 @@ def log_held_out(accelerator, losses, state):
 def validate(args, accelerator, trained, frozen, state):
     """Logs the held-out loss and draws the validation images, as far as flags ask. Returns the images' paths.
 
-    Each process tries its share by itself, and then all agree: one that fails alone leaves nobody waiting. What fails
-    is logged; at the end it is a failure of the run. Under FSDP2 a forward pass needs all processes: one that cannot
-    do its part, because memory runs out, ends, and the launcher then ends the others.
+    What fails is logged; at the end it is a failure of the run.
     """
     transformer = accelerator.unwrap_model(trained.models["transformer"], keep_torch_compile=False)
-    what = "drawing the final images" if state.finished else f"validation at update {state.step}"
-    held_out = len(frozen.held_out or ())
-    wanted = args.num_validation_images * len(args.validation_prompt or ())
+    prompts = args.validation_prompt or []
     if state.finished and args.skip_final_inference:
-        wanted = 0
-    kind = ValueError if is_split(accelerator) else Exception  # draw_images raises it after the passes
+        prompts = []
+
+    def draw(number):
+        row, column = divmod(number, args.num_validation_images)
+        (image,) = draw_images(
+            args,
+            transformer,
+            frozen,
+            prompts[row],
+            [args.seed + column],
+            num_inference_steps=args.validation_num_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+        )
+        return image
+
     failed = []
-    losses = {}
-    images = {}
-    with accelerator.autocast():
-        for index in share(accelerator, held_out):
-            with attempt(failed, what, kind):
-                losses[index] = measure_held_out(args, transformer, frozen, index)
-        for number in share(accelerator, wanted):
-            if read_signal(accelerator, state.caught):
-                break
-            with attempt(failed, what, kind):
-                images[number] = draw_validation_image(args, transformer, frozen, number)
-    training_utils.free_memory()
-    losses = gather_dict(losses)
-    images = gather_dict(images)
+    measure = functools.partial(measure_held_out, args, transformer, frozen)
+    with evaluation(trained), accelerator.autocast():
+        losses = make_in_turn(accelerator, state, failed, len(frozen.held_out or ()), measure)
+        images = make_in_turn(accelerator, state, failed, len(prompts) * args.num_validation_images, draw)
+    free_memory()
     failed = utils.gather_object(failed)
     paths = []
     if accelerator.is_main_process:
-        with attempt(failed, what):
-            if len(losses) == held_out > 0:
-                log_held_out(accelerator, list(losses.values()), state)
-            if len(images) == wanted > 0:
-                paths = save_validation(args, accelerator, list(images.values()), state)
-    if state.finished and failed:
-        state.failed.append(what)
+        with attempt(failed, "logging the validation"):
+            if losses:
+                log_held_out(accelerator, losses, state)
+            if images:
+                paths = save_validation(args, accelerator, images, state)
+    if state.finished:
+        state.failed += failed[:1]
     return paths
-
-
-def draw_validation_image(args, transformer, frozen, number):
-    """A validation image; numbers count prompt after prompt, and image i of each prompt is drawn from seed + i."""
-    row, column = divmod(number, args.num_validation_images)
-    (image,) = draw_images(
-        args,
-        transformer,
-        frozen,
-        args.validation_prompt[row],
-        [args.seed + column],
-        num_inference_steps=args.validation_num_inference_steps,
-        guidance_scale=args.validation_guidance_scale,
-    )
-    return image
 
 
 def save_validation(args, accelerator, images, state):
     """Writes the images and their grid, a row a prompt, and sends them to the trackers. Returns their paths."""
     title = "test" if state.finished else "validation"
     pattern = "image_{}.png" if state.finished else f"validation/step-{state.step:06d}-{{}}.png"
-    paths = [Path(args.output_dir, pattern.format(number)) for number in range(len(images))]
-    paths[0].parent.mkdir(exist_ok=True)
-    for path, image in zip(paths, images, strict=True):
-        save_image(image, path)
     prompts = args.validation_prompt
     grid = make_image_grid(images, len(prompts), args.num_validation_images)
-    save_image(grid, Path(args.output_dir, pattern.format("grid")))
+    paths = []
+    for name, image in (*enumerate(images), ("grid", grid)):
+        path = Path(args.output_dir, pattern.format(name))
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+        paths.append(path)
     rows = {}
     for number, pixels in enumerate(np.split(np.stack(images), len(prompts))):
         words = re.sub(r"\W+", "_", prompts[number])[:60]  # trackers make it part of a file's name
@@ -2014,7 +1770,7 @@ def save_validation(args, accelerator, images, state):
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         if hasattr(tracker, "log_images"):
             tracker.log_images(rows, step=state.step, **options)
-    return paths
+    return paths[:-1]
 
 
 # ---- The result and the Hub -----------------------------------------------------------------------------------------
@@ -2022,57 +1778,30 @@ def save_validation(args, accelerator, images, state):
 LICENCE = "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md"
 
 
-def public_name(value):
-    """A text without the folders above a file or folder that it names: a card is public."""
-    if os.path.exists(value):  # noqa: PTH110  Path.exists raises on a name that is too long
-        return Path(value).resolve().name
-    return value
-
-
-def describe_flags(args):
-    """The flags that were given, as on a command line, without secrets and folders above files: a card is public."""
-    parser = build_parser()
-    words = []
-    for name, value in vars(args).items():
-        if value == parser.get_default(name) or name in ("output_dir", "local_rank", "hub_token"):
-            continue
-        words.append(f"--{name}")
-        if value is not True:
-            values = value if isinstance(value, list) else [value]
-            words += [public_name(str(each)) for each in values]
-    return shlex.join(words)
-
-
 def describe_cost(state):
     """What the updates took since the run was started or resumed, and the last held-out loss."""
-    updates = len(state.seconds)
-    if not updates:
+    if not state.history:
         return "no update was left to make"
-    seconds = sum(state.seconds)
-    cost = f"{updates} updates in {seconds:.0f} s ({seconds / updates:.2f} s each), at most {state.memory_gb:.1f} GB"
+    seconds = [figures["seconds_per_update"] for figures in state.history]
+    times = f"{len(seconds)} updates in {sum(seconds):.0f} s ({np.mean(seconds):.2f} s each)"
+    cost = f"{times}, at most {state.history[-1]['memory_gb']:.1f} GB"
     return f"{cost}; held-out loss {state.validation_loss:.4f}" if state.validation_loss else cost
 
 
 def describe_result(args, parts, repository, state):
-    """The model card's text: what was trained, the program that loads it, and the flags."""
-    base = public_name(args.pretrained_model_name_or_path)
-    given = {"revision": args.revision, "variant": args.variant}
-    options = "".join(f", {name}={value!r}" for name, value in given.items() if value)
-    own = args.pretrained_transformer_model_name_or_path
-    if own:
-        call = f"from_pretrained({public_name(own)!r}"
-        if own.endswith(".safetensors"):
-            call = f"from_single_file({public_name(own)!r}, config={base!r}"
-        call += ", subfolder='transformer', torch_dtype=torch.bfloat16)"
-        options += f", transformer=diffusers.SD3Transformer2DModel.{call}"
-    source = RESULT["pipeline"].format(base=base, options=options, result=repository)
-    if "text_encoder_3" not in parts:
+    """The model card's text: what was trained, and the program that loads it."""
+    base = Path(args.pretrained_model_name_or_path)
+    base = base.resolve().name if base.exists() else str(base)  # a card is public: no folders above
+    trained = f"DreamBooth weights for {base}"
+    if args.pretrained_transformer_model_name_or_path:
+        trained += f" with the transformer {Path(args.pretrained_transformer_model_name_or_path).name}"
+    source = RESULT["pipeline"].format(base=base, result=repository)
+    if T5 not in parts:
         source += ", text_encoder_3=None, tokenizer_3=None"
-    subject = f" Their subject is called `{args.instance_prompt}`." if args.instance_prompt else ""
     prompts = args.validation_prompt or [args.instance_prompt or ""]
     return f"""# {RESULT["title"]} - {repository}
 
-DreamBooth weights for {base}, trained for {state.step} updates.{subject} {describe_cost(state)}.
+{trained}: {describe_cost(state)}.
 
 ```py
 import diffusers
@@ -2083,10 +1812,6 @@ pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained({source}, torch_dt
 pipeline.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 size = {{"height": {args.resolution}, "width": {args.resolution}, "max_sequence_length": {args.max_sequence_length}}}
 pipeline({prompts[0]!r}, **size).images[0].save("image.png")
-```
-
-```sh
-{describe_flags(args)}
 ```
 
 The base model's [licence]({LICENCE}) holds for these weights.
@@ -2104,6 +1829,10 @@ def write_card(args, parts, repository, state, image_paths):
     A card that a person wrote or changed gets another name.
     """
     base = args.pretrained_model_name_or_path
+    widget = []
+    for number, path in enumerate(image_paths):
+        prompt = args.validation_prompt[number // args.num_validation_images]
+        widget.append({"text": prompt, "output": {"url": path.name}})
     data = huggingface_hub.ModelCardData(
         license="other",
         license_name="stabilityai-ai-community",
@@ -2113,28 +1842,24 @@ def write_card(args, parts, repository, state, image_paths):
         tags=["text-to-image", "diffusers-training", "diffusers", "sd3", "sd3-diffusers", *RESULT["tags"]],
         base_model=None if Path(base).is_dir() else base,  # the Hub refuses a card whose base is not an id
         instance_prompt=args.instance_prompt,
-        widget=[
-            {"text": args.validation_prompt[number // args.num_validation_images], "output": {"url": path.name}}
-            for number, path in enumerate(image_paths)
-        ]
-        or None,
+        widget=widget or None,
     )
-    gallery = "<Gallery />" if image_paths else ""
-    text = describe_result(args, parts, repository, state)
+    gallery = "<Gallery />\n\n" if widget else ""
+    card = f"---\n{data.to_yaml()}\n---\n\n{gallery}{describe_result(args, parts, repository, state)}"
     path = Path(args.output_dir, "README.md")
     if path.is_file():
         present = path.read_text(encoding="utf-8", errors="replace")
         if present != sign_card(present.rpartition("\n<!--")[0]):
             kept = path.rename(path.with_suffix(f".{time.time():.0f}.md"))
             log.warning(f"{path} was written or changed by a person; it is now {kept}")
-    path.write_text(sign_card(f"---\n{data.to_yaml()}\n---\n\n{gallery}\n\n{text}"), encoding="utf-8")
+    path.write_text(sign_card(card), encoding="utf-8")
 
 
 def open_repository(args, accelerator):
-    """Id of the Hub repository, which is created: better at the start than after hours. None without --push_to_hub."""
-    if not args.push_to_hub or not accelerator.is_main_process:
-        return None
+    """Name of the result. With --push_to_hub the id of its repository, which is created now, not after hours."""
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
+    if not args.push_to_hub or not accelerator.is_main_process:
+        return repository
     remedy = "give --hub_model_id USER/NAME, a token that may write (`hf auth login`, HF_TOKEN), huggingface_hub 1.5"
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
         options = {"private": args.hub_private_repo or None, "exist_ok": True}
@@ -2146,15 +1871,14 @@ def open_repository(args, accelerator):
 def publish(args, parts, repository, state, image_paths):
     """Writes the model card and uploads the result, on the main process. Either may fail by itself."""
     with attempt(state.failed, "writing the model card"):
-        write_card(args, parts, repository or public_name(args.output_dir), state, image_paths)
-    if not repository:
+        write_card(args, parts, repository, state, image_paths)
+    if not args.push_to_hub:
         return
     with attempt(state.failed, "the upload"):
         huggingface_hub.upload_folder(
             repo_id=repository,
             folder_path=args.output_dir,
             allow_patterns=["README.md", *RESULT["files"], *(path.name for path in image_paths)],
-            commit_message="End of training",
             token=args.hub_token,
         )
 
@@ -2178,10 +1902,10 @@ def check_output(args):
     for pattern in (*RESULT["files"], *OUTPUT):
         name, folder, _ = pattern.partition("/")
         if logs.startswith(("..", os.sep)) or fnmatch.fnmatch(Path(logs).parts[0], name):
-            names = "--logging_dir, --tracker_run_name, --tracker_project_name"
-            refuse(f"{names}: {logs!r} leads out of --output_dir or into the result: give other names")
+            flags = "--logging_dir, --tracker_run_name, --tracker_project_name"
+            refuse(f"{flags}: {logs!r} leads out of --output_dir or into the result: give other names")
         for path in Path(args.output_dir).glob(name):
-            if path.is_dir() != bool(folder) or not os.access(path, os.W_OK):
+            if path.is_dir() != bool(folder):
                 refuse(f"{path} is in the way of what the run writes: take it away or give another --output_dir")
 
 
@@ -2193,7 +1917,6 @@ def start_accelerator(args):
         make_folder("--class_data_dir", args.class_data_dir)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.13 renamed this argument
     if args.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -2212,15 +1935,18 @@ def start_accelerator(args):
             kwargs_handlers=[
                 # Else the half-precision copy of every float32 weight would stay until the forward pass ends.
                 utils.AutocastKwargs(cache_enabled=False),
-                utils.InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while one process encodes
+                utils.InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # the others wait while one process saves
                 # The only buffer, a 226 MB table of positions, never changes. Views avoid a copy of the gradients.
                 utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        refuse("--mixed_precision fp16 needs a GPU: on a CPU take bf16 or no")
+    if accelerator.device.type == "cpu":
+        accelerator.state.device = torch.device("cpu")  # libraries take "cpu:0" of several processes for a GPU
+        if accelerator.mixed_precision == "fp16":
+            refuse("--mixed_precision fp16 needs a GPU: on a CPU take bf16 or no")
     if is_split(accelerator):
         check_fsdp(args, accelerator.state.fsdp_plugin)
+    check_optimizer(args, accelerator)
     return accelerator
 
 
@@ -2240,7 +1966,7 @@ def check_fsdp(args, plugin):
     plugin.cpu_ram_efficient_loading = False
     policy = plugin.mixed_precision_policy
     if policy:  # bfloat16 can tell only 353 of the 1000 timesteps apart
-        plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False)
+        plugin.mixed_precision_policy = replace(policy, cast_forward_inputs=False)
 
 
 def claim_folder(args, accelerator, cleanup):
@@ -2249,16 +1975,15 @@ def claim_folder(args, accelerator, cleanup):
         return
     folder = Path(args.output_dir)
     lock = FileLock(folder / ".lock")
+    cleanup.callback(lock.release)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         refuse(f"--output_dir {args.output_dir!r} is in use by another run: give another folder")
     except (OSError, NotImplementedError) as error:  # some network file systems have no locks
         log.warning(f"{folder} cannot be locked, so see to it that no other run writes to it ({error})")
-    cleanup.callback(lock.release)
-    for left in (folder / ENCODED, *folder.glob(".checkpoint-*.partial")):
-        shutil.rmtree(left, ignore_errors=True)
-    cleanup.callback(shutil.rmtree, folder / ENCODED, ignore_errors=True)
+    for left in folder.glob(".checkpoint-*.partial"):
+        remove(left)
 
 
 def start_trackers(args, accelerator, facts):
@@ -2267,29 +1992,31 @@ def start_trackers(args, accelerator, facts):
     options = {"wandb": {"dir": str(Path(args.output_dir, args.logging_dir)), "name": args.tracker_run_name}}
     with or_refuse(f"--report_to {args.report_to}: could not start a tracker; fix it or drop it from --report_to"):
         accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
+        absent = {*split_names(args.report_to)} - {"all", "none", *(tracker.name for tracker in accelerator.trackers)}
+        if absent and accelerator.is_main_process:  # accelerate passes over them
+            raise ModuleNotFoundError(f"pip install {' '.join(absent)}")
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def catch_signals(cleanup):
-    """A list that signals put their number into; a second one ends the process.
+    """Signals that have come, {number: time}; after two seconds another one ends the process.
 
     Those that are ignored (nohup) stay so, but for SIGUSR1: a launcher that it would end is started with it ignored.
     """
-    caught = []
-    times = []
+    caught = {}
 
     def catch(number, frame):
-        times.append(time.monotonic())
-        if times[-1] - times[0] > 2:  # where all processes get a signal, launchers pass it on to them once more
+        now = time.monotonic()
+        if caught and now - min(caught.values()) > 2:  # launchers pass on what all processes get once more
             os._exit(128 + number)
         if not caught:
             name = signal.Signals(number).name
             print(f"\n{name}: the run saves what it has trained and ends; a second ends it at once", file=sys.stderr)
-        caught.append(number)
+        caught[number] = now
 
-    with contextlib.suppress(ValueError):  # outside the main thread Python cannot catch signals
+    with suppress(ValueError):  # outside the main thread Python cannot catch signals
         for number in SIGNALS:
             before = signal.getsignal(number)
             if before != signal.SIG_IGN or number.name == "SIGUSR1":
@@ -2319,36 +2046,30 @@ def list_prompts(args, dataset, held_out):
     """All prompts that a run needs, each once; the empty one where captions are dropped or images are drawn."""
     prompts = {*(args.validation_prompt or ()), args.class_prompt} - {None}
     for images in filter(None, (dataset, held_out)):
-        for choices in images.prompts.values():
-            prompts.update(*choices)
+        prompts.update(*images.prompts["instance"])
     if args.caption_dropout or args.validation_prompt:
         prompts.add("")
     return sorted(prompts)
 
 
-def encode_once(args, parts, accelerator, targets, dataset, held_out):
-    """Encodes what training does not change; each text encoder goes before the next one comes, then the VAE."""
-    embed = PromptTable(args, parts, accelerator, frozen_dtype(accelerator), targets)
-    prompts = list_prompts(args, dataset, held_out)
-    embed.report_cut(prompts)
-    embed.fill(parts, prompts)
-    vae = load_part(args, parts, "vae", **on_device(accelerator, torch.float32))
+def encode_images(args, parts, accelerator, embed, dataset, held_out):
+    """What is frozen. The VAE encodes the images here that are always seen in the same crop."""
+    vae = load_part(parts, "vae", **on_device(accelerator, torch.float32))
     vae.enable_slicing()  # image by image: 2.5 GiB at 1024 px, whatever the batch
     args.cache_latents |= bool(dataset) and dataset.has_fixed_crops()  # the same latents, for less
-    if args.cache_latents and dataset:
-        cache_moments(dataset, vae, accelerator, "latents")
-    if held_out:
-        cache_moments(held_out, vae, accelerator, "held out")
+    for images in (dataset if args.cache_latents else None, held_out):
+        if images:
+            cache_moments(images, vae, accelerator)
     if args.cache_latents or args.offload:
         vae.to("cpu")
-        training_utils.free_memory()
+        free_memory()
     return Frozen(embed, vae, load_scheduler(args, parts, accelerator), held_out)
 
 
 def make_loader(args, accelerator, dataset):
     """This process's batches, on the device; the list of all, to be filled each epoch; updates an epoch and in all."""
     batches = Batches(order_epoch(args, dataset, accelerator.num_processes, 0))
-    loader = torch.utils.data.DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
@@ -2359,18 +2080,7 @@ def make_loader(args, accelerator, dataset):
     )
     updates = len(batches) // (accelerator.num_processes * args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * updates
-    if args.lr_warmup_steps > total and args.lr_scheduler != "constant":
-        log.warning(f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends in the warm-up, after {total} updates")
     return accelerator.prepare(loader), batches, updates, total
-
-
-def checkpoint_activations(model):
-    """Turns gradient checkpointing on, by the name that the library and its version give it."""
-    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
-    for name in names:
-        if hasattr(model, name):
-            getattr(model, name)()
-            return
 
 
 def hand_out(accelerator, model, weights):
@@ -2386,35 +2096,32 @@ def hand_out(accelerator, model, weights):
 def prepare_models(args, accelerator, models, total):
     """The models as accelerate runs them, their trained parameters, the optimizer, its schedule and the average."""
     if args.gradient_checkpointing:
-        for model in models.values():
-            checkpoint_activations(model)
+        models["transformer"].enable_gradient_checkpointing()
+        for name in models.keys() - {"transformer"}:
+            models[name].gradient_checkpointing_enable()
     optimizer = make_optimizer(args, accelerator, models)
     schedule = make_schedule(args, optimizer, total)
     weights = models["transformer"].state_dict()
     *wrapped, optimizer, schedule = accelerator.prepare(*models.values(), optimizer, schedule)
     if is_split(accelerator):
         hand_out(accelerator, wrapped[0], weights)
-    if accelerator.num_processes > 1:  # from here on no step takes long: notice a hanging process sooner
-        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=20))
     parameters = sum(map(trained_parameters, wrapped), [])
     average = None
     if args.use_ema:
         copies = [parameter.float() for parameter in parameters]
-        average = training_utils.EMAModel(copies, decay=args.ema_decay, foreach=True)
+        average = EMAModel(copies, decay=args.ema_decay, foreach=True)
     return Trained(dict(zip(models, wrapped, strict=True)), parameters, optimizer, schedule, average)
 
 
 def read_update(args, accelerator, seen, norm):
     """Figures of an update: gradient norm and loss, the mean over its batches, (B,) each in `seen`, and processes."""
-    losses = torch.stack(seen).mean(dim=0)
-    seen.clear()
     weights = loss_weights(args)
-    kinds = losses.chunk(len(weights))
-    if hasattr(norm, "full_tensor"):
+    kinds = torch.stack(seen).mean(dim=0).chunk(len(weights))
+    seen.clear()
+    if isinstance(norm, DTensor):
         norm = norm.full_tensor()  # FSDP2: each process has a part of it
-    row = [*(kind.mean() for kind in kinds), torch.as_tensor(norm).to(losses)]
-    rows = accelerator.gather(torch.stack(row)[None])
-    *losses, norm = rows.mean(dim=0).tolist()  # here the host waits for the device, once an update
+    row = torch.stack([*(kind.mean() for kind in kinds), torch.as_tensor(norm).to(kinds[0])])
+    *losses, norm = accelerator.reduce(row, "mean").tolist()  # the host waits for the device, once an update
     figures = {"loss": float(np.dot(losses, list(weights.values()))), "grad_norm": norm}
     if losses[1:]:
         figures |= zip(weights, losses, strict=True)
@@ -2428,11 +2135,10 @@ def check_finite(accelerator, state, figures):
         return True
     if finite_loss and accelerator.scaler and accelerator.scaler.get_scale() > 1:
         return False  # float16 gradients overflow now and then, until the scale is low enough
-    update = state.step + 1
-    state.skipped.append(update)
+    state.skipped.append(state.step)
     figures["skipped_updates"] = len(state.skipped)
-    log.warning(f"skipping update {update}: loss or gradient is not finite: {figures}")
-    if state.skipped[-10:] == list(range(update - 9, update + 1)):
+    log.warning(f"skipping update {state.step + 1}: loss or gradient is not finite: {figures}")
+    if state.skipped[-10:-9] == [state.step - 9]:
         sys.exit("ten updates in a row were not finite: lower the rate and resume from the last checkpoint")
     return False
 
@@ -2460,12 +2166,11 @@ def peak_memory_gb(device):
 
 
 def log_figures(accelerator, state, figures):
-    """Sends figures to the trackers. One that fails is dropped: logs are not worth the weights."""
-    for tracker in [*accelerator.trackers]:
-        with attempt(state.failed, f"logging to {tracker.name}"):
-            tracker.log(figures, step=state.step)
-            continue
-        accelerator.trackers.remove(tracker)
+    """Sends figures to the trackers. They are dropped if one fails: logs are not worth the weights."""
+    with attempt(state.failed, "logging"):
+        accelerator.log(figures, step=state.step)
+        return
+    accelerator.trackers.clear()
 
 
 def log_update(accelerator, optimizer, figures, state):
@@ -2473,27 +2178,27 @@ def log_update(accelerator, optimizer, figures, state):
     for group in optimizer.param_groups:
         name = group["name"]
         figures["lr" if name == "transformer" else f"lr_{name}"] = group["lr"]
-    seconds = time.perf_counter() - state.clock
-    state.seconds.append(seconds)
-    state.memory_gb = peak_memory_gb(accelerator.device)
-    state.losses.append(figures["loss"])
-    average = float(np.ma.masked_invalid(state.losses[-100:]).mean())
-    figures["loss_average"] = average
-    log_figures(accelerator, state, figures | {"seconds_per_update": seconds, "memory_gb": state.memory_gb})
-    shown = {"loss": figures["loss"], "average": average, "lr": figures["lr"], "seconds": seconds}
-    state.bar.set_postfix(shown, gb=state.memory_gb, refresh=False)
+    figures["seconds_per_update"] = time.perf_counter() - state.clock
+    figures["memory_gb"] = peak_memory_gb(accelerator.device)
+    state.history.append(figures)
+    recent = [past["loss"] for past in state.history[-100:]]
+    figures["loss_average"] = float(np.ma.masked_invalid(recent).mean())
+    log_figures(accelerator, state, figures)
+    shown = ("loss", "loss_average", "lr", "seconds_per_update", "memory_gb")
+    state.bar.set_postfix({name: figures[name] for name in shown}, refresh=False)
     state.bar.update()
 
 
 def save_result(args, accelerator, trained, state, parts):
     """Writes the final weights, then a manifest. Where it cannot, it tries every minute until a signal comes."""
     while not state.finished:
-        states = read_states(accelerator, trained.models)
         failed = []
-        with attempt(failed, f"writing the result to {args.output_dir} (tried every minute until a signal)"):
-            save_weights(args, accelerator, trained.models, states, args.output_dir, parts)
-            if accelerator.is_main_process:
-                write_manifest(args, state, args.output_dir, RESULT["files"])
+        with evaluation(trained):
+            states = read_states(accelerator, trained.models)
+            with attempt(failed, f"writing the result to {args.output_dir} (tried every minute until a signal)"):
+                save_weights(args, accelerator, trained.models, states, args.output_dir, parts)
+                if accelerator.is_main_process:
+                    write_manifest(args, state, args.output_dir, RESULT["files"])
         state.finished = not utils.gather_object(failed)
         if not state.finished:
             time.sleep(60)
@@ -2513,23 +2218,19 @@ def end_training(accelerator, state):
 
 def report_end(args, accelerator, state, stop):
     """Exits: 128 + signal after a signal, 1 with a reason if anything is missing, else normally."""
-    reasons = []
-    if state.failed:
-        reasons.append(f"{', '.join(state.failed)} failed")
+    reasons = [f"{what} failed" for what in state.failed]
     if len(state.skipped) * 10 > state.total:
         reasons.append(f"{len(state.skipped)} of {state.total} updates were skipped, not being finite: lower the rate")
     if stop:
-        name = signal.Signals(stop).name
         way = "makes what is missing" if state.finished else "goes on"
+        name = signal.Signals(stop).name
         reasons.append(f"{name} came at update {state.step}: --resume_from_checkpoint latest {way}")
-    elif state.step < state.total:
-        reasons.append(f"{state.step} of {state.total} updates were made")
-    if reasons:
-        if accelerator.is_main_process:
-            print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
-        sys.exit(128 + stop if stop else 1)
-    log.info(f"The result is in {args.output_dir}")
-    log.info(describe_cost(state))
+    if not reasons:
+        log.info(f"The result is in {args.output_dir}: {describe_cost(state)}")
+        return
+    if accelerator.is_main_process:
+        print(f"\nwhat was trained is saved in {args.output_dir}, but {'; '.join(reasons)}", file=sys.stderr)
+    sys.exit(128 + stop if stop else 1)
 
 
 MEMORY_FLAGS = (  # the most effective first
@@ -2538,7 +2239,7 @@ MEMORY_FLAGS = (  # the most effective first
 ).split()
 
 
-@contextlib.contextmanager
+@contextmanager
 def name_memory_flags(args):
     """Ends a run for which the GPU has too little memory with the flags that lower its need."""
     try:
@@ -2555,45 +2256,12 @@ def choose_seed(args, manifest):
         args.seed = manifest.get("seed", drawn)
 
 
-def draw_sheet(args, dataset):
-    """Writes dry_run.png: up to 200 instance images, cropped as in the first epoch."""
-    count = min(len(dataset.images["instance"]), 200)
-    sheet = Image.new("RGB", (10 * 192, math.ceil(count / 10) * 192), "white")
-    for number in range(count):
-        seed = derive_seed(args.seed, "instance", 0, number)
-        pixels = dataset.pixels("instance", number, dataset.size(number), seed)
-        picture = Image.fromarray(pixels[:3].permute(1, 2, 0).numpy())
-        sheet.paste(ImageOps.contain(picture, (190, 190)), (number % 10 * 192, number // 10 * 192))
-    save_image(sheet, Path(args.output_dir, "dry_run.png"))
-
-
-def report_dry_run(args, parts, accelerator, targets, dataset):
-    """Says what the run would do, before any weights are loaded, and draws its images as the model gets them."""
-    table = PromptTable(args, parts, accelerator, frozen_dtype(accelerator))
-    table.report_cut(list_prompts(args, dataset, None))
-    if args.with_prior_preservation:
-        dataset.images["class"] = [None] * args.num_class_images  # missing ones are not drawn
-    _, _, updates, total = make_loader(args, accelerator, dataset)
-    if not accelerator.is_main_process:
-        return
-    draw_sheet(args, dataset)
-    count = 0
-    for name, layers in targets.items():
-        model = sketch_part(args, parts, name)
-        make_trainable(args, model, layers)
-        count += sum(parameter.numel() for parameter in trained_parameters(model))
-    print(f"updates: {total}, which is {total / updates:.1f} epochs of {updates}")
-    print(f"trained: {count:,} parameters of {', '.join(targets)}")
-    print("drawn:   dry_run.png in --output_dir, cropped as in the first epoch")
-
-
 def main(args):
     """Runs training from start to result."""
     accelerator = start_accelerator(args)
-    with contextlib.ExitStack() as cleanup, name_memory_flags(args):
+    with ExitStack() as cleanup, name_memory_flags(args):
         # The run's own folder, the base model, the layers to train, and the checkpoint to resume, if any.
         claim_folder(args, accelerator, cleanup)
-        check_optimizer(args, accelerator)
         parts = read_pipeline(args)
         checkpoint, manifest = find_checkpoint(args)
         finished = checkpoint == Path(args.output_dir)  # then only images, card and upload are made
@@ -2605,8 +2273,9 @@ def main(args):
         held_out = read_held_out(args)
         facts = describe_run(args, accelerator, dataset)
         compare_runs(accelerator, checkpoint, manifest, facts)
+        embed = PromptTable(args, parts, accelerator, list_prompts(args, dataset, held_out))
         if args.dry_run:
-            report_dry_run(args, parts, accelerator, targets, dataset)
+            log.info("dry run: a run with these flags would now start")
             return
         repository = open_repository(args, accelerator)
         start_trackers(args, accelerator, facts)
@@ -2615,29 +2284,30 @@ def main(args):
         loader, batches, updates, total = make_loader(args, accelerator, dataset)
 
         # Frozen models encode what training does not change, and are freed one by one. Then what is trained is loaded.
-        frozen = encode_once(args, parts, accelerator, targets, None if finished else dataset, held_out)
+        embed.fill(parts, accelerator, frozen_dtype(accelerator), targets)
+        frozen = encode_images(args, parts, accelerator, embed, None if finished else dataset, held_out)
         models = load_trained(args, parts, accelerator, targets, checkpoint)
         trained = prepare_models(args, accelerator, models, total)
-        frozen.embed.trained = trained.models  # text encoders that are trained are called, not looked up
-        state = Progress(facts, catch_signals(cleanup), manifest.get("step", 0), total, finished=finished)
+        embed.trained = trained.models  # text encoders that are trained are called, not looked up
+        state = Progress(facts, catch_signals(cleanup), manifest.get("step", 0), total, finished)
         cleanup.enter_context(rescue(args, accelerator, trained, state))
         resume(accelerator, checkpoint, trained, state)
 
-        state.bar = tqdm(total=total, initial=state.step, desc="Training", disable=not accelerator.is_main_process)
-        first_epoch = max(state.step - 1, 0) // updates  # step - 1: its epoch's validation may be due
+        state.bar = tqdm(total=total, initial=state.step, desc="Training")
         seen = []
-        for epoch in range(first_epoch, 0 if finished else math.ceil(total / updates)):
-            done = max(state.step - epoch * updates, 0)
-            batches[:] = order_epoch(args, dataset, accelerator.num_processes, epoch, done)
+        first = max(state.step - 1, 0) // updates  # step - 1: its epoch's validation may be due
+        for epoch in range(first, math.ceil(total / updates)):
+            batches[:] = order_epoch(args, dataset, accelerator.num_processes, epoch, state.step - epoch * updates)
             state.clock = time.perf_counter()
             for batch in loader:
                 if state.step >= total or batch is None:  # accelerate 1.3 makes None of an empty epoch
                     break
+                data, prompts, seeds = batch
                 with accelerator.accumulate(*trained.models.values()):
-                    torch.manual_seed(derive_seed(args.seed, "dropout", *batch["seeds"]))
-                    moments = batch["data"] if args.cache_latents else encode_moments(frozen.vae, batch["data"])
-                    drawn = draw_latents(args, frozen.vae.config, moments, batch["seeds"], accelerator.device)
-                    losses = batch_losses(args, accelerator, trained.models, frozen, batch["prompts"], drawn)
+                    torch.manual_seed(derive_seed(args.seed, "dropout", *seeds))
+                    moments = data if args.cache_latents else encode_moments(frozen.vae, data)
+                    drawn = draw_latents(args, frozen.vae.config, moments, seeds, accelerator.device)
+                    losses = batch_losses(args, accelerator, trained.models, frozen, prompts, drawn)
                     accelerator.backward(mean_loss(args, losses))
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:
@@ -2657,13 +2327,11 @@ def main(args):
                 state.clock = time.perf_counter()
 
             if epoch % args.validation_epochs == 0 and state.step < total:
-                with evaluation(trained):
-                    validate(args, accelerator, trained, frozen, state)
+                validate(args, accelerator, trained, frozen, state)
 
         # The weights are saved first: whatever fails after this cannot lose them.
-        with evaluation(trained):
-            save_result(args, accelerator, trained, state, parts)
-            paths = validate(args, accelerator, trained, frozen, state)
+        save_result(args, accelerator, trained, state, parts)
+        paths = validate(args, accelerator, trained, frozen, state)
         stop = read_signal(accelerator, state.caught)
         end_training(accelerator, state)
         if accelerator.is_main_process and not stop:

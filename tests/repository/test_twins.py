@@ -13,7 +13,7 @@ from conftest import SCRIPTS
 # In both, with another text in each: ten at most.
 DIFFERENCES = (
     "METHOD",
-    "add_method_flags",  # the lora group of flags, and the full script's for small cards
+    "METHOD_FLAGS",  # the lora group of flags, and the full script's for small cards
     "RESULT",  # what the model card says and what is uploaded
     "choose_targets",  # layers with adapters, or whole models
     "make_trainable",
@@ -27,15 +27,13 @@ DIFFERENCES = (
 ALONE = (
     "LORA_LAYERS",
     "WEIGHTS",
-    "choose_blocks",
     "choose_layers",
     "read_quantization",
     "adapter_layers",
     "adapter_scale",
-    "read_adapters",
+    "load_adapters",
     "SwappedBlocks",
     "cut_positions",
-    "describe_adapters",
     "save_with_header",
     "SingleUpdates",
     "copy_part",

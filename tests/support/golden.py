@@ -89,21 +89,16 @@ def run(kind, setting):
     return losses
 
 
-def keep_checkpoint(kind, folder):
-    """Keeps the checkpoint of a run of the working directory, without that directory's name."""
+def keep_checkpoint(kind):
+    """Keeps the checkpoint of a run of the working directory."""
     kept = CHECKPOINTS / kind
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(Path("out", f"checkpoint-{SAVED}"), kept)
-    manifest = kept / "dreambooth.json"
-    manifest.write_text(manifest.read_text().replace(str(folder.resolve()), "FOLDER") + "\n")
 
 
-def take_checkpoint(kind, folder):
+def take_checkpoint(kind):
     """Puts the checkpoint that is kept into the working directory, as if a run there had written it."""
-    copy = Path(shutil.copytree(CHECKPOINTS / kind, Path("out", f"checkpoint-{SAVED}")))
-    manifest = copy / "dreambooth.json"
-    manifest.write_text(manifest.read_text().replace("FOLDER", str(folder.resolve())))
-    return copy
+    return Path(shutil.copytree(CHECKPOINTS / kind, Path("out", f"checkpoint-{SAVED}")))
 
 
 def main():
@@ -114,7 +109,7 @@ def main():
                 shutil.rmtree("out", ignore_errors=True)
             figures.setdefault(kind, {})[name] = run(kind, setting)
             if name == "checkpoint":
-                keep_checkpoint(kind, Path.cwd())
+                keep_checkpoint(kind)
     LOSSES.write_text(json.dumps(figures, indent=1) + "\n")
 
 
