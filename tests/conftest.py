@@ -34,11 +34,12 @@ for variable in ("HF_TOKEN", "HF_ENDPOINT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(variable, None)
 
 import numpy as np
+import processes
 import pytest
+import ranks
 import tiny_sd3
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from ranks import draw_fast
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
@@ -258,7 +259,7 @@ def refused(refusal, script, monkeypatch):
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    draw_fast(monkeypatch)
+    ranks.draw_fast(monkeypatch)
 
 
 @pytest.fixture
@@ -281,21 +282,19 @@ def launch(tmp_path):
     return launch
 
 
-def start_two_processes(folder, cases, *options, environment=None):
-    """Runs the cases of support/ranks.py one after another in two processes, and sees that all end as they should."""
-    path = Path(folder, "cases.json")
-    path.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/support/ranks.py"), str(path)],
-        env=environment or {**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    logs = [path.read_text() for path in Path(folder).glob("logs/*/attempt_0/*/stderr.log")]  # of `options`
-    assert done.returncode == 0, "\n".join([done.stderr, *logs])[-4000:]
+def start_two_processes(folder, cases, **environment):
+    """Runs the cases of support/ranks.py one after another in two processes, and sees that all end as they should.
+
+    What rank R prints goes to the folder's log.R.
+    """
+
+    def work():
+        for case in cases:
+            ranks.run_case(case)
+
+    with isolated():
+        codes = processes.watch(processes.start(work, 2, Path(folder, "log"), **environment), seconds=400)
+    assert codes == [0, 0], "\n".join(Path(folder, f"log.{rank}").read_text()[-4000:] for rank in (0, 1))
 
 
 @pytest.fixture
