@@ -5,7 +5,6 @@ import functools
 import gc
 import importlib.util
 import itertools
-import json
 import os
 import random
 import signal
@@ -44,13 +43,14 @@ from accelerate.state import AcceleratorState, GradientState
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-# Runs the LoRA script with each list of flags of a JSON list. Prints exit codes but 0, and ==== on stderr after each.
+# Given a script's name and a JSON list, runs it with each list of flags. Prints exit codes but 0, and ==== on stderr
+# after each.
 SEVERAL = f"""
-import json, sys
+import importlib, json, sys
 sys.path.insert(0, {str(ROOT)!r})
-import train_dreambooth_lora_sd3 as script
+script = importlib.import_module(sys.argv[1])
 
-for argv in json.loads(sys.argv[1]):
+for argv in json.loads(sys.argv[2]):
     try:
         script.main(script.parse_args(argv))
     except SystemExit as end:
