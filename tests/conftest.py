@@ -5,7 +5,6 @@ import functools
 import gc
 import importlib.util
 import itertools
-import json
 import os
 import random
 import signal
@@ -34,22 +33,24 @@ for variable in ("HF_TOKEN", "HF_ENDPOINT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(variable, None)
 
 import numpy as np
+import processes
 import pytest
+import ranks
 import tiny_sd3
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from ranks import draw_fast
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-# Runs the LoRA script with each list of flags of a JSON list. Prints exit codes but 0, and ==== on stderr after each.
+# Given a script's name and a JSON list, runs it with each list of flags. Prints exit codes but 0, and ==== on stderr
+# after each.
 SEVERAL = f"""
-import json, sys
+import importlib, json, sys
 sys.path.insert(0, {str(ROOT)!r})
-import train_dreambooth_lora_sd3 as script
+script = importlib.import_module(sys.argv[1])
 
-for argv in json.loads(sys.argv[1]):
+for argv in json.loads(sys.argv[2]):
     try:
         script.main(script.parse_args(argv))
     except SystemExit as end:
@@ -258,7 +259,7 @@ def refused(refusal, script, monkeypatch):
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    draw_fast(monkeypatch)
+    ranks.draw_fast(monkeypatch)
 
 
 @pytest.fixture
@@ -281,21 +282,19 @@ def launch(tmp_path):
     return launch
 
 
-def start_two_processes(folder, cases, *options, environment=None):
-    """Runs the cases of support/ranks.py one after another in two processes, and sees that all end as they should."""
-    path = Path(folder, "cases.json")
-    path.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/support/ranks.py"), str(path)],
-        env=environment or {**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    logs = [path.read_text() for path in Path(folder).glob("logs/*/attempt_0/*/stderr.log")]  # of `options`
-    assert done.returncode == 0, "\n".join([done.stderr, *logs])[-4000:]
+def start_two_processes(folder, cases, **environment):
+    """Runs the cases of support/ranks.py one after another in two processes, and sees that all end as they should.
+
+    What rank R prints goes to the folder's log.R.
+    """
+
+    def work():
+        for case in cases:
+            ranks.run_case(case)
+
+    with isolated():
+        codes = processes.watch(processes.start(work, 2, Path(folder, "log"), **environment), seconds=400)
+    assert codes == [0, 0], "\n".join(Path(folder, f"log.{rank}").read_text()[-4000:] for rank in (0, 1))
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import ranks
 import torch
-import yaml
-from conftest import ROOT, SCRIPTS, isolated, start_two_processes
+from conftest import SCRIPTS, isolated, start_two_processes
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -17,21 +17,10 @@ CLIPPING = 0.5
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def environment():
-    """What `accelerate launch --config_file configs/fsdp2.yaml` sets, and the shim to run without a GPU."""
-    section = yaml.safe_load((ROOT / "configs/fsdp2.yaml").read_text())["fsdp_config"]
-    section["fsdp_transformer_cls_to_wrap"] = section.pop("fsdp_transformer_layer_cls_to_wrap")
-    flags = {"ACCELERATE_USE_FSDP": True, "ACCELERATE_USE_CPU": False, **section}
-    flags = {
-        key.upper(): str(value).lower() if isinstance(value, bool) else str(value) for key, value in flags.items()
-    }
-    return os.environ | flags | {"PYTHONPATH": str(ROOT / "tests/support/fsdp2_without_gpu")}
-
-
-def cases(home, model, images, processes):
+def cases(home, model, images, count):
     """Four updates; then, for two processes, the last two again from the checkpoint between, and two in bfloat16."""
     for kind in SCRIPTS:
-        for name in ("", "-resumed", "-bf16") if processes == 2 else ("", "-bf16"):
+        for name in ("", "-resumed", "-bf16") if count == 2 else ("", "-bf16"):
             flags = {
                 "pretrained_model_name_or_path": model,
                 "instance_data_dir": images,
@@ -40,7 +29,7 @@ def cases(home, model, images, processes):
                 "validation_data_dir": images,
                 "num_validation_images": 3,
                 "resolution": 32,
-                "train_batch_size": 2 // processes,
+                "train_batch_size": 2 // count,
                 "max_train_steps": 4,
                 "checkpointing_steps": 2,
                 "learning_rate": 1e-3,
@@ -49,12 +38,12 @@ def cases(home, model, images, processes):
                 "lr_warmup_steps": 0,
                 "seed": 0,
                 "report_to": "none",
-                "output_dir": home / f"{kind}-{processes}{name}",
+                "output_dir": home / f"{kind}-{count}{name}",
             }
             if name == "-bf16":
                 flags |= {"mixed_precision": "bf16", "max_train_steps": 2}
             if name == "-resumed":
-                flags["resume_from_checkpoint"] = home / f"{kind}-{processes}/checkpoint-2"
+                flags["resume_from_checkpoint"] = home / f"{kind}-{count}/checkpoint-2"
             argv = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
             case = {"script": kind, "argv": argv, "draw_fast": True, "levels": name == "-bf16"}
             yield case | {"record": f"{flags['output_dir']}.record"}
@@ -74,7 +63,7 @@ def alone(checkpoints, pictures, tmp_path_factory):
 def home(checkpoints, pictures, tmp_path_factory):
     """Folder with the outputs and records of the runs of two processes."""
     home = tmp_path_factory.mktemp("fsdp2")
-    start_two_processes(home, list(cases(home, checkpoints(), pictures(3), 2)), environment=environment())
+    start_two_processes(home, list(cases(home, checkpoints(), pictures(3), 2)), **processes.fsdp2_environment())
     return home
 
 
@@ -126,12 +115,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(home, kind):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_thousand_noise_levels_reach_the_model_in_bfloat16_too(alone, home, kind, processes):
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_thousand_noise_levels_reach_the_model_in_bfloat16_too(alone, home, kind, count):
     """They are told apart: timesteps and noisy latents are float32 until the model's own layers narrow them."""
-    folder = home if processes == 2 else alone
-    for rank in range(processes):
-        levels = torch.load(folder / f"{kind}-{processes}-bf16.record.{rank}", weights_only=False)["levels"]
+    folder = home if count == 2 else alone
+    for rank in range(count):
+        levels = torch.load(folder / f"{kind}-{count}-bf16.record.{rank}", weights_only=False)["levels"]
         for given in levels.values():
             assert given.dtype == torch.float32
             assert len(given.unique(dim=0)) == 1000

@@ -83,6 +83,7 @@ def test_two_machines_are_one_run(argv, tmp_path):
     assert manifest["run"]["processes"] == 2
     assert ["The result is in" in text for text in said] == [True, False]
     assert ["Training: 100%" in text for text in said] == [True, False]
+    assert [line for line in said[1].splitlines() if line.startswith("INFO") or "%|" in line or "it/s" in line] == []
 
 
 def test_a_process_that_dies_ends_the_other_within_a_minute(launch, argv, tmp_path):

@@ -21,6 +21,16 @@ PARTS = {
     *(f"tokenizer{n}/tokenizer.json tokenizer{n}/tokenizer_config.json" for n in ("", "_2", "_3")),
 }
 RESULT = {"full": {"model_index.json", *" ".join(PARTS).split()}, "lora": {"pytorch_lora_weights.safetensors"}}
+# A script by its command line, then the program that its card prints, with the token that comes first.
+PUSH_AND_LOAD = """
+import os, re, runpy, sys
+from pathlib import Path
+
+token, card, *sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+os.environ["HF_TOKEN"] = token
+exec(re.search(r"```py\\n(.*?)```", Path(card).read_text(), re.DOTALL)[1])
+"""
 STRAY = ("notes.txt", ".env", "faces/0.png", "optimizer.bin", "checkpoint-best/model.safetensors", "image_7.png")
 
 
@@ -71,7 +81,10 @@ def test_push(hub, client, argv, checkpoints, tmp_path, kind):
         num_validation_images=1,
         validation_num_inference_steps=3,
     )
-    done = client(SCRIPTS[kind], *flags, token="" if by_flag else None, xet=xet)
+    # The card's program fetches what was uploaded. A local base has its folder's name there.
+    (tmp_path / checkpoints().name).symlink_to(checkpoints())
+    program = hub.token, out / "README.md"
+    done = client("-c", PUSH_AND_LOAD, *program, SCRIPTS[kind], *flags, token="" if by_flag else None, xet=xet)
     assert done.returncode == 0, done.stderr[-3000:]
     assert bool(hub.xorbs) == xet
 
@@ -92,12 +105,6 @@ def test_push(hub, client, argv, checkpoints, tmp_path, kind):
         assert hub.token.encode() not in data, name
     assert hub.token not in done.stdout + done.stderr
 
-    # The card that arrived, as printed: it fetches what was uploaded. A local base has its folder's name there.
-    hub.requests.clear()
-    (tmp_path / checkpoints().name).symlink_to(checkpoints())
-    program = re.search(r"```py\n(.*?)```", uploaded["README.md"].decode(), re.DOTALL)[1]
-    done = client("-c", program)
-    assert done.returncode == 0, done.stderr[-3000:]
     assert Image.open(tmp_path / "image.png").size == (32, 32)
     fetched = {path for method, path, _ in hub.requests if method == "GET"}
     weights = "transformer/diffusion_pytorch_model" if kind == "full" else "pytorch_lora_weights"
@@ -105,12 +112,21 @@ def test_push(hub, client, argv, checkpoints, tmp_path, kind):
 
 
 def test_base_from_the_hub(hub, client, run, full, checkpoints, argv, tmp_path, capsys):
-    """A dry run reads its small files and the sizes of its weights; a run ends as with the base in a folder."""
+    """A dry run reads its small files and the sizes of its weights; a run ends as with the base in a folder.
+
+    Between the two one that is not there is refused.
+    """
     hub.add("someone/sd3", read_files(checkpoints()))
     flags = argv(pretrained_model_name_or_path="someone/sd3", output_dir=tmp_path / "hub", max_train_steps=1)
-    done = client(SCRIPTS["full"], *flags, "--dry_run")
+    runs = [[*flags, "--dry_run"], argv(pretrained_model_name_or_path="someone/gone"), flags]
+    done = client("-c", SEVERAL, SCRIPTS["full"].stem, json.dumps(runs))
     assert done.returncode == 0, done.stderr[-3000:]
-    fetched = {path.rpartition("/resolve/")[2] for _, path, _ in hub.requests if "/resolve/" in path}
+    assert done.stdout.splitlines()[-1] == "2"
+    (refused,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert "error: --pretrained_model_name_or_path 'someone/gone'" in refused
+    asked = [path for _, path, _ in hub.requests]
+    dry = asked[: next(number for number, path in enumerate(asked) if "someone/gone" in path)]
+    fetched = {path.rpartition("/resolve/")[2] for path in dry if "/resolve/" in path}
     assert fetched and not any("safetensors" in path or path.endswith(".bin") for path in fetched)
     capsys.readouterr()
     run(full, output_dir=tmp_path / "folder", max_train_steps=1, dry_run=True)
@@ -119,8 +135,6 @@ def test_base_from_the_hub(hub, client, run, full, checkpoints, argv, tmp_path, 
     ]
     assert said[0] == said[1] and len(said[0]) == 2
 
-    done = client(SCRIPTS["full"], *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
     run(full, output_dir=tmp_path / "folder", max_train_steps=1)
     results = [
         {
@@ -132,36 +146,27 @@ def test_base_from_the_hub(hub, client, run, full, checkpoints, argv, tmp_path, 
     ]
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
-    done = client(SCRIPTS["full"], *argv(pretrained_model_name_or_path="someone/gone"), "--dry_run")
-    assert done.returncode == 2
-    assert "error: --pretrained_model_name_or_path 'someone/gone'" in done.stderr.splitlines()[-1]
 
 
-def test_no_repository_no_training(hub, client, argv):
-    done = client(SCRIPTS["lora"], *argv(push_to_hub=True), token="hf_wrong")
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(
-        "train_dreambooth_lora_sd3.py: error: --push_to_hub: the repository 'out' cannot be created"
-    )
+def test_no_repository_no_training_and_a_failed_upload_leaves_the_result(hub, client, argv, tmp_path):
+    """With a wrong token in the environment, and then with the right one as a flag."""
+    hub.fail("/commit/", 403)
+    runs = [argv(push_to_hub=True, hub_model_id="none"), argv(push_to_hub=True, hub_token=hub.token)]
+    done = client("-c", SEVERAL, SCRIPTS["lora"].stem, json.dumps(runs), token="hf_wrong")
+    assert done.stdout.split() == ["2", "1"]
+    refused, said, _ = done.stderr.split("====\n")
+    last = refused.strip().splitlines()[-1]
+    assert "error: --push_to_hub: the repository 'none' cannot be created" in last
     assert "a token that may write (`hf auth login`, HF_TOKEN), huggingface_hub 1.5" in last
     assert "401" in last
-    assert "hf_wrong" not in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Training" not in done.stderr
-    assert not hub.repositories
-
-
-def test_a_failed_upload_leaves_the_result(hub, client, argv, tmp_path):
-    hub.fail("/commit/", 403)
-    done = client(SCRIPTS["lora"], *argv(push_to_hub=True, hub_token=hub.token), token="")
-    assert done.returncode == 1
-    assert "the upload failed (HfHubHTTPError: " in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    assert "Training" not in refused
+    assert "the upload failed (HfHubHTTPError: " in said
+    last = said.strip().splitlines()[-1]
     assert last == f"what was trained is saved in {tmp_path / 'out'}, but the upload failed"
-    assert "Traceback" not in done.stderr
-    assert hub.token not in done.stderr
+    for word in ("Traceback", "hf_wrong", hub.token):
+        assert word not in done.stderr
     assert (tmp_path / "out/pytorch_lora_weights.safetensors").is_file()
+    assert hub.repositories.keys() == {"user/out"}
     assert hub.repositories["user/out"]["files"] == {}
 
 
@@ -175,7 +180,7 @@ def test_what_may_not_be_written_or_read_is_refused(hub, client, argv):
     names = ["a dog", "other/dog", "other/there", "user/gated", "user/missing", "nowhere/at/all"]
     runs = [argv(push_to_hub=True, hub_model_id=name) for name in names[:3]]
     runs += [argv(pretrained_model_name_or_path=name) for name in names[3:]]
-    done = client("-c", SEVERAL, json.dumps(runs))
+    done = client("-c", SEVERAL, SCRIPTS["lora"].stem, json.dumps(runs))
     assert done.stdout.split() == ["2"] * len(names), done.stderr[-3000:]
     for name, said in zip(names, done.stderr.split("====\n"), strict=False):
         (line,) = [line for line in said.splitlines() if "error: " in line]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import isolated
+from conftest import in_turn, isolated
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from ranks import read_files, watch_updates
@@ -118,7 +118,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("kind", "case"), in_turn([(case,) for case in CASES]))
 def test_images_without_transparency_train_as_without_the_flag(script, run, pictures, tmp_path, case):
     """To the last byte."""
     flags = {"max_train_steps": 3, "instance_data_dir": pictures(3), **CASES[case]}
@@ -132,7 +132,7 @@ def test_images_without_transparency_train_as_without_the_flag(script, run, pict
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "encoders"])
+@pytest.mark.parametrize(("kind", "case"), in_turn([(case,) for case in CASES if case != "encoders"]))
 def test_every_loss_knows_the_mask(script, run, masks, cut_outs, pictures, case):
     """Half of each cut-out, all of an image without transparency, of class images too."""
     seen, flags = (

@@ -344,7 +344,7 @@ def test_rates_of_a_run(script, run, pictures, monkeypatch, name, accumulation):
 
 
 @pytest.mark.slow
-def test_rates_of_two_processes(lora, argv, launch, pictures, tmp_path):
+def test_rates_of_two_processes(argv, in_two_processes, pictures, tmp_path):
     """Each process has a batch of two of the five images at a time: two updates an epoch, as the schedule has to know.
 
     A log point has the rate that its update left behind.
@@ -352,8 +352,7 @@ def test_rates_of_two_processes(lora, argv, launch, pictures, tmp_path):
     flags = {"num_train_epochs": 3, "max_train_steps": None, "lr_scheduler": "linear", "lr_warmup_steps": WARMUP}
     flags |= {"instance_data_dir": pictures(5), "train_batch_size": 2, "checkpointing_steps": 6}
     flags |= {"learning_rate": 1e-3, "report_to": "tensorboard"}
-    done = launch(lora.__file__, argv(**flags), processes=2)
-    assert done.returncode == 0, done.stderr
+    in_two_processes([{"script": "lora", "argv": argv(**flags), "record": str(tmp_path / "record")}])
     manifest = json.loads((tmp_path / "out" / "checkpoint-6" / "dreambooth.json").read_text())
     assert manifest["run"]["processes"] == 2
     events = EventAccumulator(str(tmp_path / "out" / "logs" / "dreambooth-sd3-lora")).Reload()

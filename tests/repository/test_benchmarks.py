@@ -74,15 +74,16 @@ PROGRAM = """
 import contextlib, sys
 sys.path.insert(0, "benchmarks")
 import fits
-setting = "tiny", 64, 2, sys.argv[1], True
-fake, real = fits.count_training(*setting)[:4], fits.count_training(*setting, mode=contextlib.nullcontext)[:4]
-assert fake == real, (fake, real)
+for way in sys.argv[1:]:
+    setting = "tiny", 64, 2, way, True
+    fake, real = fits.count_training(*setting)[:4], fits.count_training(*setting, mode=contextlib.nullcontext)[:4]
+    assert fake == real, (way, fake, real)
 """
 
 
-@pytest.mark.parametrize("way", ["LoRA 4", "all"])
-def test_bytes_of_fake_tensors_are_those_of_real_ones(way):
-    done = subprocess.run([sys.executable, "-c", PROGRAM, way], cwd=ROOT, capture_output=True, text=True, check=False)
+def test_bytes_of_fake_tensors_are_those_of_real_ones():
+    command = [sys.executable, "-c", PROGRAM, "LoRA 4", "all"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -129,7 +129,7 @@ def test_a_log_that_goes_away_does_not_end_the_run(argv, tmp_path):
             said += run.stderr.read() or b""
             time.sleep(0.1)
         run.stderr.close()
-        while not (out / "checkpoint-90").exists() and run.poll() is None:
+        while not (out / "checkpoint-60").exists() and run.poll() is None:
             time.sleep(0.1)
         run.send_signal(signal.SIGTERM)
         assert run.wait(timeout=100) == 143, said.decode()[-2000:]

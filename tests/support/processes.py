@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import yaml
@@ -50,6 +51,9 @@ def become(rank, count, log, environment):
     sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115  it stays open
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
     logging.getLogger().handlers.clear()  # pytest's
+    warnings.resetwarnings()  # those of a process that has just started
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
 
 
 def start(work, count, logs, **environment):

@@ -1,17 +1,13 @@
 """Runs the scripts several times in one set of processes, and records what each process did.
 
-    torchrun --standalone --nproc_per_node 2 tests/support/ranks.py CASES.json
-
-CASES.json lists {"script": "full" or "lora", "argv": [...], "record": path}. Optional are "draw_fast"; "exit", the
+A case is {"script": "full" or "lora", "argv": [...], "record": path}. Optional are "draw_fast"; "exit", the
 expected exit code; "tell", {"name", "call", "rank"}: that rank gets SIGTERM in that call of that function; "levels":
-record which of a thousand noise levels reach the model. The record of rank R is path.R, a file for torch.load. All
-cases share one start of the processes, which takes most of the time of a tiny run.
+record which of a thousand noise levels reach the model. The record of rank R is path.R, a file for torch.load.
 """
 
 import contextlib
 import gc
 import inspect
-import json
 import os
 import signal
 import sys
@@ -181,9 +177,3 @@ def run_case(case):
             torch.save(dict(record), f"{case['record']}.{os.environ.get('RANK', 0)}")
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
-
-
-if __name__ == "__main__":
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        run_case(case)
-    torch.distributed.destroy_process_group()

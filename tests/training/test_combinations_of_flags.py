@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SCRIPTS, in_turn
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
@@ -157,8 +158,16 @@ def check_trained(seen):
                 assert same, f"{name}.{parameter_name}"
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+# By one script: what no line of the other treats otherwise.
+SHARED = ["cosmap", "accumulation, logit_normal", "crop, flip, repeats, sigma_sqrt", "bf16, cached", "no T5, frozen"]
+SHARED += ["odd", "real", "workers", "1-False-None-False-True", "2-True-imagefolder-False-True"]
+SHARED += ["3-False-parquet-False-False"]
+ROWS = [(kind, case) for kind in SCRIPTS for case in CASES if case not in SHARED]
+
+
+@pytest.mark.parametrize(("kind", "case"), [*ROWS, *in_turn([(case,) for case in SHARED])])
 def test_combination(script, run, settings, watch, case):
+    case = CASES[case]
     seen, flags = watch(script), settings(case)
     if not hasattr(script, "LORA_LAYERS"):
         flags.pop("rank", None)

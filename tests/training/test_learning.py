@@ -125,6 +125,7 @@ def test_the_base_draws_sharply_and_like_its_world():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora"])  # both draw by the same text
 def test_class_and_validation_images_show_what_is_asked(script, run, tmp_path):
     """At the scripts' own guidance of 7, at which the pipeline gets these two right."""
     what = {"thing": "cat", "colour": "white", "place": "night"}, {"thing": "boat", "colour": "blue", "place": "beach"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import utils
 from accelerate.utils import AutocastKwargs
-from conftest import isolated
+from conftest import in_turn, isolated
 from diffusers import AutoencoderKL
 
 MODELS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "transformer")
@@ -39,7 +39,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("kind", "case"), [*in_turn([(case,) for case in CASES]), ("lora", "bfloat16")])
 def test_stages(script, kind, run, loads, pictures, tmp_path, case):
     flags = dict(CASES[case])
     for path in pictures(3).iterdir() if flags.pop("captions", False) else ():

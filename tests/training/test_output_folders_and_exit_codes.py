@@ -176,6 +176,7 @@ def test_files_have_the_mode_that_the_umask_gives(script, run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full"])  # test_signals.py stops such a run of the other
 def test_a_run_with_loader_processes_ends_without_a_word_too_many(kind, argv, tmp_path):
     flags = argv(dataloader_num_workers=2, max_train_steps=3, checkpointing_steps=2)
     command = [sys.executable, str(SCRIPTS[kind]), *flags]

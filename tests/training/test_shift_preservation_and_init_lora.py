@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, isolated
+from conftest import isolated
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from ranks import watch_updates
@@ -170,11 +170,11 @@ def test_a_run_with_preservation_resumes_exactly(lora, run, tmp_path):
     assert (whole / WEIGHTS).read_bytes() == (resumed / WEIGHTS).read_bytes()
 
 
-def test_two_processes_preserve_as_one_does(lora, run, launch, argv, tmp_path):
+def test_two_processes_preserve_as_one_does(lora, run, in_two_processes, argv, tmp_path):
     flags = KEPT | {"learning_rate": 1e-3, "max_train_steps": 3}
     one = run(lora, **flags, train_batch_size=2, output_dir=tmp_path / "one")
-    done = launch(SCRIPTS["lora"], argv(**flags, output_dir=tmp_path / "two"), processes=2)
-    assert done.returncode == 0, done.stderr
+    two = {"script": "lora", "argv": argv(**flags, output_dir=tmp_path / "two"), "record": str(tmp_path / "record")}
+    in_two_processes([two])
     one, two = load_file(one / WEIGHTS), load_file(tmp_path / "two" / WEIGHTS)
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
