@@ -1,11 +1,16 @@
 """The few operations of torchvision that diffusers' SD3 scripts use, where no build of it fits the installed torch.
 
-`install()` adds them to sys.modules, unless torchvision is installed.
+`install()` adds them to sys.modules, unless torchvision is installed. As a program it runs a script with them:
+
+    python benchmarks/torchvision_stand_in.py SCRIPT FLAGS
 """
 
 import importlib.util
 import random
+import runpy
 import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -95,7 +100,6 @@ def install():
     if importlib.util.find_spec("torchvision"):
         return
     # The libraries must see first that torchvision is missing: they would ask for more than this has.
-    import datasets.config  # noqa: F401
     import diffusers.image_processor
     import diffusers.utils.import_utils
     import transformers.image_utils
@@ -108,7 +112,15 @@ def install():
     root, transforms, functional = map(
         ModuleType, ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
     )
+    root.__spec__ = ModuleSpec("torchvision", None)  # datasets looks for it
     root.transforms, transforms.functional, functional.crop = transforms, functional, crop
     vars(transforms).update({name.__name__: name for name in names})
     transforms.InterpolationMode = SimpleNamespace(BILINEAR="bilinear")
     sys.modules |= {module.__name__: module for module in (root, transforms, functional)}
+
+
+if __name__ == "__main__":
+    install()
+    del sys.argv[0]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
