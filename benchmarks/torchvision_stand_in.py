@@ -11,7 +11,7 @@ import runpy
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -109,14 +109,15 @@ def install():
         for name in ("is_torchvision_available", "is_torchvision_v2_available"):
             getattr(library.utils.import_utils, name, bool)()
     names = (Resize, RandomCrop, CenterCrop, RandomHorizontalFlip, ToTensor, Normalize, Compose)
-    root, transforms, functional = map(
-        ModuleType, ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
-    )
-    root.__spec__ = ModuleSpec("torchvision", None)  # datasets looks for it
+    modules = [
+        importlib.util.module_from_spec(ModuleSpec(f"torchvision{part}", None))
+        for part in ("", ".transforms", ".transforms.functional")
+    ]
+    root, transforms, functional = modules
     root.transforms, transforms.functional, functional.crop = transforms, functional, crop
     vars(transforms).update({name.__name__: name for name in names})
     transforms.InterpolationMode = SimpleNamespace(BILINEAR="bilinear")
-    sys.modules |= {module.__name__: module for module in (root, transforms, functional)}
+    sys.modules |= {module.__name__: module for module in modules}
 
 
 if __name__ == "__main__":
