@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Prints what a run needs of a card at the models' real sizes, counted without a card: GiB by stage, and work.
 
-    python benchmarks/fits.py --readme
+    python benchmarks/fits.py
     python benchmarks/fits.py --sizes sd3.5-medium --resolutions 512 1024 --batches 1 4 --ways "LoRA 4" "all"
 
 The scripts' own functions run on torch's fake tensors, which have a shape and no memory. The bytes of live tensors are
@@ -9,12 +9,11 @@ counted at each operator, in blocks of 512 as CUDA's allocator has them, with au
 convolutions need besides is added as an H100 has shown it (ENCODING, DECODING). Not counted:
 CUDA's context, workspaces of kernels and fragmentation, for which a card must have MARGIN more than the count.
 
-Stages: text, latents, an update, drawing. In the table each of them is the largest tensor memory at one moment.
+In brackets: an update that encodes its latents; drawing, the most and the card with --offload and cached latents.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -77,23 +76,10 @@ ATTENTION = {  # operations of the CPU's kernels, which torch does not count
 }
 
 
-@dataclasses.dataclass
-class Need:
-    """GiB that a run needs by stage, with --offload where it differs, and the TFLOP of an update."""
-
-    text: float
-    text_offloaded: float
-    latents: float  # alone on the card
-    update: float
-    encoding: float  # an update that encodes its latents
-    drawing: float
-    drawing_offloaded: float
-    work: float
-
-    def most(self, offload, cached):
-        stages = [self.text_offloaded if offload else self.text]
-        stages += [self.latents, self.update] if cached else [self.encoding]
-        return max(*stages, self.drawing_offloaded if offload else self.drawing)
+def most(need, light):
+    """GiB of the largest stage; `light`: with --offload and cached latents."""
+    stages = ("text_offloaded", "latents", "update", "drawing_offloaded") if light else ("text", "encoding", "drawing")
+    return max(need[stage] for stage in stages)
 
 
 @functools.cache
@@ -294,20 +280,20 @@ def count_training(size, px, batch, way, checkpointing, mode=FakeTensorMode):
 
 
 def count(size, px, batch, way, checkpointing):
-    """What a run of this kind needs."""
+    """GiB that a run of this kind needs by stage, and the TFLOP of an update."""
     update, step, live, weights, work = count_training(size, px, batch, way, checkpointing)
     vae, encoding, decoding = count_vae(size, px)
     text, text_offloaded = count_text(size)
-    return Need(
-        text=text,
-        text_offloaded=text_offloaded,
-        latents=encoding,
-        update=update,
-        encoding=max(update + vae, live + encoding),
-        drawing=max(step + vae, live + decoding),
-        drawing_offloaded=max(step, live - weights + decoding),
-        work=work,
-    )
+    return {
+        "text": text,
+        "text_offloaded": text_offloaded,
+        "latents": encoding,  # alone on the card
+        "update": update,
+        "encoding": max(update + vae, live + encoding),  # an update that encodes its latents
+        "drawing": max(step + vae, live + decoding),
+        "drawing_offloaded": max(step, live - weights + decoding),
+        "work": work,
+    }
 
 
 def card_for(need):
@@ -335,15 +321,12 @@ def parse_args(argv=None):
 def counted(args):
     """Rows and what they need; those of the file are not counted again."""
     path = Path(args.json or os.devnull)
-    known = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        row, need = json.loads(line)
-        known[tuple(row)] = Need(**need)
+    known = {tuple(row): need for row, need in map(json.loads, path.open() if path.is_file() else ())}
     for row in settings(args):
         if row not in known:
             known[row] = count(*row)
             with path.open("a") as file:
-                file.write(json.dumps([row, dataclasses.asdict(known[row])]) + "\n")
+                file.write(json.dumps([row, known[row]]) + "\n")
         yield row, known[row]
 
 
@@ -351,10 +334,10 @@ def main(args):
     print("| model | trained | px | batch | checkpointing | update | drawing | most | card, GB | TFLOP |")
     print(f"|{'---|' * 10}", flush=True)
     for (size, px, batch, way, again), need in counted(args):
-        most = need.most(False, False), need.most(True, True)
-        cells = [size, way, px, batch, "yes" if again else "no", f"{need.update:.1f} ({need.encoding:.1f})"]
-        cells += [f"{need.drawing:.1f} ({need.drawing_offloaded:.1f})", f"{most[0]:.1f} ({most[1]:.1f})"]
-        cells += [f"{card_for(most[0])} ({card_for(most[1])})", f"{need.work:.1f}"]
+        plain, light = most(need, False), most(need, True)
+        cells = [size, way, px, batch, "yes" if again else "no", f"{need['update']:.1f} ({need['encoding']:.1f})"]
+        cells += [f"{need['drawing']:.1f} ({need['drawing_offloaded']:.1f})", f"{plain:.1f} ({light:.1f})"]
+        cells += [f"{card_for(plain)} ({card_for(light)})", f"{need['work']:.1f}"]
         print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 

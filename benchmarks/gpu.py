@@ -6,8 +6,7 @@
 Every row of CASES is a whole run of a script, in a process of its own, with a time limit: the most important first. It
 needs no network and writes no weights: only `load_part` of the script is replaced, by one that makes a model of random
 numbers, and `save_weights` of full training is left out. The results come as they are made: a line of JSON each in
-gpu.jsonl, a table in gpu.md. Beside the measured memory stands what `fits.py` counts without a card, and what
-SimpleTuner published of an H100.
+gpu.jsonl, a table in gpu.md. Beside what was measured stands what SimpleTuner published of an H100.
 
 The share is the model's floating-point operations of an update by its seconds, over the rate of an 8192 x 8192 matrix
 product in bfloat16 on the same card. Operations are those that an update cannot do without, counted by torch on the
@@ -18,7 +17,6 @@ that gradient checkpointing repeats do not count, nor those of the text encoders
 """
 
 import argparse
-import contextlib
 import functools
 import importlib
 import json
@@ -51,7 +49,6 @@ from checkpoints import (  # noqa: E402
 from diffusers import SD3Transformer2DModel  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils import checkpoint as torch_checkpoint  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
@@ -69,20 +66,15 @@ COMPILE = {
     "environment": {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True"},
     "limit": 100,
 }
-# Script, model, flags and options: "environment" of the run, "change" of torch or the script (see `changes`),
-# "resolution" and "updates" that are timed where they are not 1024 and 6, "limit" in seconds, and what SimpleTuner
-# "published" (seconds, GiB).
 CACHED = "--cache_latents --no_t5"
+# Script, model, flags and options: "environment" of the run, "resolution" and "updates" that are timed where they are
+# not 1024 and 6, "limit" in seconds, and what SimpleTuner "published" (seconds, GiB).
 CASES = {
     "LoRA 4, checkpointing, T5, image": (LORA, MEDIUM, f"--gradient_checkpointing {IMAGE}", {}),
     "LoRA 128 b3, plain": (LORA, MEDIUM, f"{CACHED} {B3}", {"published": (0.529, 34.6)}),
     "LoRA 128 b3, checkpointing": (LORA, MEDIUM, f"{CHECKPOINTING} {B3}", {"published": (0.721, 7.67)}),
     "LoRA 4, checkpointing": (LORA, MEDIUM, CHECKPOINTING, {}),
     "LoRA 4, blocks in RAM": (LORA, MEDIUM, f"{CHECKPOINTING} --blocks_to_swap 24", {}),
-    "LoRA 4, checkpointing, attention kept": (LORA, MEDIUM, CHECKPOINTING, {"change": "keep"}),
-    "LoRA 128 b3, checkpointing, attention kept": (LORA, MEDIUM, f"{CHECKPOINTING} {B3}", {"change": "keep"}),
-    "LoRA 4, checkpointing, no figures read": (LORA, MEDIUM, CHECKPOINTING, {"change": "unread"}),
-    "LoRA 128 b3, plain, no figures read": (LORA, MEDIUM, f"{CACHED} {B3}", {"change": "unread"}),
     "full, bf16 weights, fused, 8 bit": (FULL, MEDIUM, f"{CHECKPOINTING} {SMALL} --use_8bit_adam", {}),
     "LoRA 4, offload, image": (LORA, MEDIUM, f"--cache_latents --gradient_checkpointing --offload {IMAGE}", {}),
     "Large LoRA 4, blocks in RAM, image": (
@@ -99,11 +91,7 @@ CASES = {
     "LoRA 4, 512 px, checkpointing": (LORA, MEDIUM, CHECKPOINTING, {"resolution": 512}),
     "full, fused": (FULL, MEDIUM, f"{CHECKPOINTING} {FUSED}", {}),
     "full": (FULL, MEDIUM, CHECKPOINTING, {}),
-    "LoRA 128 b3, compile, budget 0.5": (LORA, MEDIUM, f"{CACHED} {B3}", COMPILE | {"change": "budget"}),
-    "LoRA 128 b3, cuDNN attention": (LORA, MEDIUM, f"{CACHED} {B3}", {"change": "cudnn"}),
 }
-# GiB by stage, as `fits.py` counts them.
-COUNTED = {}
 
 
 def parse_args(argv=None):
@@ -155,50 +143,28 @@ def matrix_rate():
     return 2 * side**3 / min(seconds)
 
 
-def kernels(tokens=64**2 + TOKENS):
-    """Kernels and milliseconds of attention, forward and backward, as torch chooses them and by each backend."""
-    shape, found = (3, 24, tokens, 64), {}
-    query, key, value = torch.randn(3, *shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    backends = {"chosen": None, "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    for name, backend in backends.items():
-        with contextlib.suppress(RuntimeError), sdpa_kernel(backend) if backend else contextlib.nullcontext():
-
-            def attend():
-                out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-                torch.autograd.grad(out.sum(), (query, key, value))
-
-            attend()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(10):
-                attend()
-            torch.cuda.synchronize()
-            found[name] = round((time.perf_counter() - start) * 100, 2)
-            if not backend:
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                    attend()
-                    torch.cuda.synchronize()
-                names = [event.key[:80] for event in profile.key_averages()]
-                found["kernels"] = [name for name in names if re.search("attention|flash|fmha|cudnn", name)]
-    return found
+def attention_kernels(tokens=64**2 + TOKENS):
+    """The kernels that torch chooses for attention, forward and backward."""
+    query, key, value = torch.randn(3, 3, 24, tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
+        torch.cuda.synchronize()
+    names = [event.key[:80] for event in profile.key_averages()]
+    return [name for name in names if re.search("attention|flash|fmha|cudnn", name)]
 
 
 def describe_card():
-    gpu = torch.cuda.is_available()
-    card = torch.cuda.get_device_name() if gpu else "CPU"
-    facts = {"card": card, "torch": torch.__version__, "rate": matrix_rate()}
-    if gpu:
-        facts["attention"] = kernels()
-        free, total = torch.cuda.mem_get_info()
-        facts["total GiB"] = total / GIB
-        pinned = torch.empty(2**30, dtype=torch.uint8, pin_memory=True)
-        there = torch.empty_like(pinned, device="cuda")
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        there.copy_(pinned, non_blocking=True)
-        torch.cuda.synchronize()
-        facts["bus GB/s"] = 2**30 / (time.perf_counter() - start) / 1e9
-    return facts
+    facts = {"card": "CPU", "torch": torch.__version__, "rate": matrix_rate()}
+    if not torch.cuda.is_available():
+        return facts
+    pinned = torch.empty(2**30, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(pinned, device="cuda")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    there.copy_(pinned)
+    facts["bus GB/s"] = 2**30 / (time.perf_counter() - start) / 1e9
+    facts["total GiB"] = torch.cuda.mem_get_info()[1] / GIB
+    return facts | {"card": torch.cuda.get_device_name(), "attention": attention_kernels()}
 
 
 @functools.cache
@@ -248,35 +214,6 @@ class Stages:
         self.name, self.start = name, now
 
 
-def keep_attention(model):
-    """Gradient checkpointing that keeps what attention gives."""
-    names = "flash_attention efficient_attention cudnn_attention flash_attention_for_cpu".split()
-    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
-    contexts = functools.partial(torch_checkpoint.create_selective_checkpoint_contexts, kept)
-    function = functools.partial(torch_checkpoint.checkpoint, use_reentrant=False, context_fn=contexts)
-    model.enable_gradient_checkpointing(function)
-
-
-def read_nothing(args, accelerator, seen, norm):
-    """In place of what has the host wait for the device in every update."""
-    seen.clear()
-    return {"loss": 0.0, "grad_norm": 0.0}
-
-
-def changes(script, name):
-    """What a case changes in torch or in the script, as a context."""
-    if name == "cudnn":
-        order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-        return sdpa_kernel([*order, SDPBackend.MATH], set_priority=True)
-    if name == "budget":
-        torch._functorch.config.activation_memory_budget = 0.5
-    if name == "unread":
-        script.read_update = read_nothing
-    if name == "keep":
-        script.checkpoint_activations = keep_attention
-    return contextlib.nullcontext()
-
-
 def run(kind, size, argv, options):
     """Figures of a run: its stages, and the seconds of an update."""
     script, stages = importlib.import_module(kind), Stages()
@@ -307,8 +244,7 @@ def run(kind, size, argv, options):
         script.save_weights = lambda *rest: None
     found = {"stages": stages.found}
     try:
-        with changes(script, options.get("change")):
-            script.main(script.parse_args(argv))
+        script.main(script.parse_args(argv))
     except BaseException as error:  # what was measured before it counts
         traceback.print_exc()
         found["ended by"] = f"{type(error).__name__}: {error}"[:200]
@@ -396,7 +332,7 @@ def operations_of(case, args):
 def report(case, args, rate, found):
     """A line of JSON and a row of the table."""
     _, size, words, options = settings(case, args)
-    row = {"case": case, "model": size, "flags": words, "counted": COUNTED.get(case), **options, **found}
+    row = {"case": case, "model": size, "flags": words, **options, **found}
     cells = [case, size]
     if "error" in found:
         cells += [found["error"].replace("|", "/")]
@@ -405,7 +341,7 @@ def report(case, args, rate, found):
         stages = ", ".join(f"{name} {peak[0]:.2f}" for name, peak in found["stages"].items() if name != "start")
         cells += [f"{found['seconds']:.3f}", f"{operations / 1e12:.3g}", f"{operations / found['seconds'] / rate:.1%}"]
         cells += [stages, f"{found['stages'].get('updates', [0, 0])[1]:.2f}"]
-        cells += [str(COUNTED.get(case, "")), str(options.get("published", "")) + found.get("ended by", "")]
+        cells += [str(options.get("published", "")) + found.get("ended by", "")]
     line = f"| {' | '.join(cells)} |"
     with Path(args.output, "gpu.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -429,7 +365,7 @@ def main(args):
     if "error" in facts and method == "fork":  # a library has asked CUDA on its own
         method = "spawn"
         facts = apart(describe_card, work / "card again", args.limit, method)
-    titles = "case model s/update TFLOP share stages,GiB reserved counted published".split()
+    titles = "case model s/update TFLOP share stages,GiB reserved published".split()
     head = f"{json.dumps(facts)}\n\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}"
     Path(args.output, "gpu.md").write_text(head + "\n")
     print(head, flush=True)

@@ -2,28 +2,32 @@
 """Trains random weights of a real model's size, by LoRA or in full: seconds and memory of each stage.
 
     python benchmarks/real_size.py --size sd3.5-medium
-    python benchmarks/real_size.py --size sd3.5-medium --other PATH/train_dreambooth_lora_sd3.py --runner RUNNER
+    python benchmarks/real_size.py --size sd3.5-medium --other PATH/train_dreambooth_lora_sd3.py
     python benchmarks/real_size.py --full
 
 It trains LoRA at 256 px in bfloat16, batch 1; all scripts get the flags after `--`. --other also runs another script
-with the same flags, through --runner if it cannot run by itself on this machine. Only ours caches latents: diffusers'
-fails if its flag for that meets bfloat16. --full trains the whole transformer in bfloat16, with 8-bit optimizer state
-and --fused_backward_pass: half of the updates, a checkpoint and a result, then a second run that resumes from there.
+with the same flags, through torchvision_stand_in.py, which does nothing where torchvision is installed. Only ours
+caches latents: diffusers' fails if its flag for that meets bfloat16. --full trains the whole transformer in bfloat16,
+with 8-bit optimizer state and --fused_backward_pass: half of the updates, a checkpoint and a result, then a second run
+that resumes from there.
 
 A stage lasts from one progress bar to the next; saving begins at the last update. Its peak is the process's largest
 resident memory (VmHWM, reset when a stage begins). The part of it that is mapped from the weights' files, which the
 system can drop, stands beside it. Processor seconds count all threads; they are the better measure on a machine that
-others use. Seconds per update are measured from the first update to the last. SD3.5 Medium needs 16 GB of disk, Large
-28, in a temporary folder unless --work names one to keep.
+others use. Seconds per update count from when the bar is drawn. SD3.5 Medium needs 16 GB of disk, Large 28, in a
+temporary folder unless --work names one to keep.
 """
 
 import argparse
+import contextlib
 import os
+import pty
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import torchvision_stand_in  # noqa: E402
 from checkpoints import REAL_SIZES, SIZES, build_checkpoint, build_pictures  # noqa: E402
 
 BAR = re.compile(rb"[\r\n]([A-Z][\w .]*?): +(\d+)%\|[^\r\n]*?\| *(\d+)/(\d+) \[")
@@ -47,63 +52,70 @@ def parse_args(argv=None):
     parser.add_argument("--updates", type=int, default=4, help="Updates per run.")
     parser.add_argument("--ours", help="Our script; unset: this repository's.")
     parser.add_argument("--other", help="Another script to compare it with.")
-    parser.add_argument("--runner", help="A program that runs the other script; it gets its path and flags.")
     parser.add_argument("--work", help="Folder to keep the checkpoint in; unset: a temporary one.")
     parser.add_argument("flags", nargs="*", help="Flags for the scripts, after --.")
     return parser.parse_args(argv)
+
+
+def start(command):
+    """Starts a command with a terminal for its stderr, where bars show each update. Returns it and what it says."""
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (50, 200))
+    environment = os.environ | {"TQDM_MININTERVAL": "0"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=its, env=environment)
+    os.close(its)
+
+    def read():
+        with contextlib.suppress(OSError):  # it has ended
+            while True:
+                yield os.read(ours, 65536)
+
+    return process, read()
 
 
 class Watch:
     """Stages of a process, from its progress bars, with the peaks of its memory in bytes."""
 
     def __init__(self, pid):
-        self.status, self.clear = Path(f"/proc/{pid}/status"), Path(f"/proc/{pid}/clear_refs")
-        self.stat, self.worked = Path(f"/proc/{pid}/stat"), 0.0
-        self.stages, self.start, self.mapped, self.at_once = [("start", 0.0, 0.0)], time.monotonic(), 0, 0
-        self.found, self.updates = [], {}
-
-    def read(self):
-        """VmHWM, VmRSS and RssFile in bytes; nothing once the process has ended."""
-        lines = dict(line.split(":", 1) for line in self.status.read_text().splitlines())
-        return [int(lines[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS", "RssFile")]
+        self.folder, self.begin, self.found = Path(f"/proc/{pid}"), time.monotonic(), []
+        self.stage, self.entered, self.updates = ("start", 0.0, 0.0), {"start"}, {}
+        self.worked, self.peak, self.largest = 0.0, 0, (0, 0)
 
     def sample(self):
-        try:
-            peak, size, mapped = self.read()
-            ticks = self.stat.read_text().rpartition(")")[2].split()[11:13]  # user, system
-        except (OSError, KeyError, ValueError):
-            return
-        self.worked = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-        self.peak = peak
-        if size > self.at_once:
-            self.at_once, self.mapped = size, mapped
+        """Reads what the process has used, unless it has ended."""
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            lines = dict(line.split(":", 1) for line in (self.folder / "status").read_text().splitlines())
+            peak, size, mapped = (int(lines[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS", "RssFile"))
+            ticks = (self.folder / "stat").read_text().rpartition(")")[2].split()[11:13]  # user, system
+            self.worked = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+            self.peak, self.largest = peak, max(self.largest, (size, mapped))
+        return time.monotonic() - self.begin, self.worked
 
     def enter(self, stage):
         """Ends a stage and begins the next; its peak starts at the memory in use now."""
-        self.sample()
-        now = time.monotonic() - self.start
-        name, began, worked = self.stages[-1]
-        self.found.append((name, now - began, self.worked - worked, self.peak, self.mapped))
-        self.stages.append((stage, now, self.worked))
-        self.at_once = self.mapped = 0
+        now, worked = self.sample()
+        name, since, before = self.stage
+        self.found.append((name, now - since, worked - before, self.peak, self.largest[1]))
+        self.stage, self.largest = (stage, now, worked), (0, 0)
+        self.entered.add(stage)
         if stage:
-            self.clear.write_text("5")
+            (self.folder / "clear_refs").write_text("5")
 
     def see(self, text):
         for name, _, done, total in BAR.findall(text):
-            name = name.decode()
-            if name in ("Steps", "Training"):
-                self.sample()
-                self.updates.setdefault(int(done), (time.monotonic() - self.start, self.worked))
-                name = "Training"
-            for stage in (name, "Saving") if name == "Training" and done == total else (name,):
-                if stage not in [entered for entered, *_ in self.stages]:
+            stages = [name.decode()]
+            if stages[0] in ("Steps", "Training"):
+                self.updates.setdefault(int(done), self.sample())
+                stages = ["Training", "Saving"] if done == total else ["Training"]
+            for stage in stages:
+                if stage not in self.entered:
                     self.enter(stage)
 
 
-def measure(command, environment=None):
-    """Runs a command; returns its stages [(name, seconds, processor's, peak, mapped)], and both seconds an update."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0, env=environment)
+def measure(command):
+    """Runs a command. Returns its stages, [(name, seconds, processor's, peak, mapped)], and when each update was made,
+    {number: (seconds, processor's)}, the bar's first drawing among them. Errors: RuntimeError if the command fails."""
+    process, said = start(command)
     watch, ended, tail = Watch(process.pid), threading.Event(), b"\n"
 
     def sample():
@@ -112,18 +124,21 @@ def measure(command, environment=None):
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
-    while chunk := os.read(process.stderr.fileno(), 65536):
-        sys.stderr.buffer.write(chunk) if os.environ.get("SHOW") else None
-        tail = (tail + chunk)[-3000:]
+    for piece in said:
+        tail = (tail + piece)[-3000:]
         watch.see(tail)
     ended.set()
     thread.join()
     watch.enter(None)
     if process.wait():
         raise RuntimeError(f"{' '.join(command)} failed:\n{tail.decode(errors='replace')}")
-    first, last = min(watch.updates), max(watch.updates)
-    ends = zip(watch.updates[first], watch.updates[last], strict=True)
-    return watch.found, [(end - start) / max(last - first, 1) for start, end in ends]
+    return watch.found, watch.updates
+
+
+def pace(updates):
+    """Seconds, and the processor's, of an update: from the bar's first drawing to the last update."""
+    first, last = min(updates), max(updates)
+    return [(end - start) / max(last - first, 1) for start, end in zip(updates[first], updates[last], strict=True)]
 
 
 def prepare(work, size):
@@ -146,8 +161,9 @@ def prepare(work, size):
 
 def report(title, command):
     """Runs a command and prints its stages."""
-    stages, (wall, worked) = measure([str(word) for word in command])
-    print(f"\n{title}: an update takes {wall:.1f} s, {worked:.1f} s of the processor\n")
+    stages, updates = measure([str(word) for word in command])
+    wall, worked = pace(updates)
+    print(f"\n{title}: an update takes {wall:.2f} s, {worked:.2f} s of the processor\n")
     stages.append(("in all", sum(s[1] for s in stages), sum(s[2] for s in stages), *max(s[3:] for s in stages)))
     print("| stage | s | processor's s | peak, GB | of it files |\n|---|---|---|---|---|")
     for name, seconds, own, peak, mapped in stages:
@@ -165,7 +181,7 @@ def main(args):
     flags = ["--pretrained_model_name_or_path", work / args.size, "--instance_data_dir", work / "pictures"]
     flags += ["--instance_prompt", "a photo of sks dog", "--seed", 0, "--output_dir", output]
     ours = [sys.executable, args.ours or ROOT / f"train_dreambooth_{'' if args.full else 'lora_'}sd3.py"]
-    other = [sys.executable, *([args.runner] if args.runner else []), args.other]
+    other = [sys.executable, torchvision_stand_in.__file__, args.other]
     try:
         if args.full:
             half = args.updates // 2

@@ -1,12 +1,17 @@
 """The few operations of torchvision that diffusers' SD3 scripts use, where no build of it fits the installed torch.
 
-`install()` adds them to sys.modules, unless torchvision is installed.
+`install()` adds them to sys.modules, unless torchvision is installed. As a program it runs a script with them:
+
+    python benchmarks/torchvision_stand_in.py SCRIPT FLAGS
 """
 
 import importlib.util
 import random
+import runpy
 import sys
-from types import ModuleType, SimpleNamespace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -95,7 +100,6 @@ def install():
     if importlib.util.find_spec("torchvision"):
         return
     # The libraries must see first that torchvision is missing: they would ask for more than this has.
-    import datasets.config  # noqa: F401
     import diffusers.image_processor
     import diffusers.utils.import_utils
     import transformers.image_utils
@@ -105,10 +109,19 @@ def install():
         for name in ("is_torchvision_available", "is_torchvision_v2_available"):
             getattr(library.utils.import_utils, name, bool)()
     names = (Resize, RandomCrop, CenterCrop, RandomHorizontalFlip, ToTensor, Normalize, Compose)
-    root, transforms, functional = map(
-        ModuleType, ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
-    )
+    modules = [
+        importlib.util.module_from_spec(ModuleSpec(f"torchvision{part}", None))
+        for part in ("", ".transforms", ".transforms.functional")
+    ]
+    root, transforms, functional = modules
     root.transforms, transforms.functional, functional.crop = transforms, functional, crop
     vars(transforms).update({name.__name__: name for name in names})
     transforms.InterpolationMode = SimpleNamespace(BILINEAR="bilinear")
-    sys.modules |= {module.__name__: module for module in (root, transforms, functional)}
+    sys.modules |= {module.__name__: module for module in modules}
+
+
+if __name__ == "__main__":
+    install()
+    del sys.argv[0]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -13,7 +13,7 @@ from diffusers import SD3Transformer2DModel
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from gpu import TOKENS, count_operations
-from real_size import measure
+from real_size import measure, pace
 
 BATCH, SIDE, WIDTH = 3, 8, 64  # images, latent's height and width, transformer's
 
@@ -63,10 +63,12 @@ for _ in tqdm(range(3), desc="Training"):
 
 def test_stages_of_a_run():
     """Each progress bar begins a stage, whose peak is its own."""
-    stages, (wall, worked) = measure([sys.executable, "-c", BARS])
+    stages, updates = measure([sys.executable, "-c", BARS])
+    wall, worked = pace(updates)
     start, caching, training, _ = stages
     assert [stage[0] for stage in stages] == ["start", "Caching latents", "Training", "Saving"]
     assert caching[3] > start[3] + (60 << 20) and training[3] < caching[3] - (30 << 20)
+    assert list(updates) == [0, 1, 2, 3]
     assert 0.3 <= wall < 3 and worked < wall  # it sleeps
 
 
