@@ -162,7 +162,7 @@ lora
   --use_rslora                       switch                 Scale by alpha / sqrt(rank): rank-stabilised LoRA.
   --use_dora                         switch                 Also train the magnitude of each weight row: DoRA.
   --lora_layers                      text                   attn.to_q,ff.* or all-linear; unset: joint attention.
-  --lora_blocks                      text                   Blocks with adapters: 0,3 or 1[2-9],2?; unset: all.
+  --lora_blocks                      text                   Blocks with adapters: 0,3 or 12-24; unset: all.
   --upcast_before_saving             switch                 Save the final adapters in float32.
   --bnb_quantization_config_path     text                   JSON of a BitsAndBytesConfig: 8- or 4-bit base.
   --blocks_to_swap                   int 0..1000 = 0        Blocks whose weights wait in RAM.
@@ -511,8 +511,8 @@ class DreamBoothDataset:
             draw = random.Random(derive_seed(seed, "caption"))
             dropped = draw.random() < self.args.caption_dropout
             prompt = "" if dropped and kind == "instance" else draw.choice(self.prompts[kind][number])
-            place = (kind, number, size)
-            data = self.moments[place]["moments"] if self.moments else self.pixels(*place, seed)
+            key = (kind, number, size)
+            data = self.moments[key]["moments"] if self.moments else self.pixels(*key, seed)
             examples.append((data, prompt, seed))
         return examples
 
@@ -949,24 +949,28 @@ RESULT = {  # what the model card says of it and what is uploaded
 def choose_layers(args, transformer):
     """Names of the linear layers that get an adapter. Refuses a layer or a block that has none."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    blocks = [f"transformer_blocks.{block}.*" for block in split_names(args.lora_blocks or "*")]
+    blocks = []
+    for entry in split_names(args.lora_blocks or "*"):
+        first, _, last = entry.partition("-")
+        with or_refuse(f"--lora_blocks: {entry!r} is neither a number nor a range such as 12-24"):
+            numbers = range(int(first), int(last) + 1) if last else [first]
+        blocks += [f"transformer_blocks.{number}.*" for number in numbers]
     layers = [f"*.{layer}" for layer in split_names(args.lora_layers or LORA_LAYERS)]
     inside = sum([fnmatch.filter(linear, block) for block in blocks], [])
     chosen = sum([fnmatch.filter(inside, layer) for layer in layers], [])
     for pattern in blocks + layers if args.lora_layers else blocks:
         if not fnmatch.filter(chosen, pattern):
-            known = fnmatch.filter(linear, "transformer_blocks.0.*")
-            refuse(f"--lora_blocks, --lora_layers: no layer is named {pattern}; give all-linear, or parts of {known}")
+            refuse(
+                f"--lora_blocks, --lora_layers: no layer {pattern}; block 0: {fnmatch.filter(linear, '*blocks.0.*')}"
+            )
     return chosen
 
 
 def choose_targets(args, parts, accelerator, checkpoint):
     """Layers that get an adapter, by model. All flags about adapters are checked here, before text is encoded."""
     quantized = read_quantization(args)
-    if args.blocks_to_swap:
-        plain = args.gradient_checkpointing and not quantized and not is_split(accelerator)
-        if not plain or accelerator.device.type != "cuda":
-            refuse("--blocks_to_swap needs an NVIDIA GPU, --gradient_checkpointing, no quantised base and no FSDP2")
+    if args.blocks_to_swap and (quantized or not args.gradient_checkpointing or accelerator.device.type != "cuda"):
+        refuse("--blocks_to_swap needs an NVIDIA GPU, --gradient_checkpointing and no quantised base")
     targets = {"transformer": choose_layers(args, sketch_part(parts, "transformer"))}
     if args.train_text_encoder:
         targets |= dict.fromkeys(TEXT_ENCODERS[:2], ["q_proj", "k_proj", "v_proj", "out_proj"])
@@ -1155,8 +1159,8 @@ def save_weights(args, accelerator, models, states, folder, parts=None):
                 key = re.sub("magnitude_vector$", "magnitude_vector.weight", key)
             state[key] = (weight * scale if "lora_B" in key else weight).to(dtype)
         layers[f"{name}_lora_layers"] = state
-    write = functools.partial(save_with_header, header)
-    StableDiffusion3Pipeline.save_lora_weights(folder, **layers, save_function=write)
+    layers["save_function"] = functools.partial(save_with_header, header)
+    StableDiffusion3Pipeline.save_lora_weights(folder, **layers)
 
 
 def batch_losses(args, accelerator, models, frozen, prompts, drawn):
@@ -1758,7 +1762,8 @@ MEMORY_FLAGS = (  # the most effective first
 ).split()
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 WITHOUT_FSDP = (  # it splits one float32 model, and not the sums over all weights that Prodigy needs
-    "use_ema train_text_encoder use_8bit_adam prodigy bnb_quantization_config_path full_bf16 fused_backward_pass"
+    "use_ema train_text_encoder use_8bit_adam prodigy bnb_quantization_config_path blocks_to_swap full_bf16"
+    " fused_backward_pass"
 ).split()
 
 
@@ -1796,7 +1801,7 @@ def start_accelerator(args):
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
     AcceleratorState._reset_state()  # in a notebook the previous run's settings would stay
-    with or_refuse(f"accelerate does not start with --mixed_precision {args.mixed_precision} as it is configured"):
+    with or_refuse(f"accelerate takes no --mixed_precision {args.mixed_precision} with --report_to {args.report_to}"):
         accelerator = Accelerator(
             # A plugin, because the environment's number overrides a plain argument.
             gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),

@@ -497,8 +497,8 @@ class DreamBoothDataset:
             draw = random.Random(derive_seed(seed, "caption"))
             dropped = draw.random() < self.args.caption_dropout
             prompt = "" if dropped and kind == "instance" else draw.choice(self.prompts[kind][number])
-            place = (kind, number, size)
-            data = self.moments[place]["moments"] if self.moments else self.pixels(*place, seed)
+            key = (kind, number, size)
+            data = self.moments[key]["moments"] if self.moments else self.pixels(*key, seed)
             examples.append((data, prompt, seed))
         return examples
 
@@ -1670,7 +1670,8 @@ MEMORY_FLAGS = (  # the most effective first
 ).split()
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 WITHOUT_FSDP = (  # it splits one float32 model, and not the sums over all weights that Prodigy needs
-    "use_ema train_text_encoder use_8bit_adam prodigy bnb_quantization_config_path full_bf16 fused_backward_pass"
+    "use_ema train_text_encoder use_8bit_adam prodigy bnb_quantization_config_path blocks_to_swap full_bf16"
+    " fused_backward_pass"
 ).split()
 
 
@@ -1708,7 +1709,7 @@ def start_accelerator(args):
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
     AcceleratorState._reset_state()  # in a notebook the previous run's settings would stay
-    with or_refuse(f"accelerate does not start with --mixed_precision {args.mixed_precision} as it is configured"):
+    with or_refuse(f"accelerate takes no --mixed_precision {args.mixed_precision} with --report_to {args.report_to}"):
         accelerator = Accelerator(
             # A plugin, because the environment's number overrides a plain argument.
             gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
