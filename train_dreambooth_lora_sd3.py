@@ -960,9 +960,7 @@ def choose_layers(args, transformer):
     chosen = sum([fnmatch.filter(inside, layer) for layer in layers], [])
     for pattern in blocks + layers if args.lora_layers else blocks:
         if not fnmatch.filter(chosen, pattern):
-            refuse(
-                f"--lora_blocks, --lora_layers: no layer {pattern}; block 0: {fnmatch.filter(linear, '*blocks.0.*')}"
-            )
+            refuse(f"--lora_blocks, --lora_layers: no {pattern}; block 0: {fnmatch.filter(linear, '*blocks.0.*')}")
     return chosen
 
 
