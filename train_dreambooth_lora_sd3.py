@@ -1368,7 +1368,7 @@ def read_manifest(folder):
     """What a checkpoint holds. Errors: ValueError that says what is wrong with it."""
     try:
         manifest = json.loads(Path(folder, MANIFEST).read_text())
-        if manifest.get("format") == FORMAT:
+        if manifest.get("format") in (1, FORMAT):  # 1 kept the average and the scaler in other files
             return manifest
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder} is no checkpoint to resume from: {error}") from error
