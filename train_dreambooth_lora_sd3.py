@@ -11,7 +11,6 @@
 """DreamBooth training of LoRA adapters on Stable Diffusion 3 and 3.5, with the rectified-flow loss of the SD3 paper.
 
 On one GPU; add `--multi_gpu` after `launch` to use all of them:
-
     accelerate launch train_dreambooth_lora_sd3.py --mixed_precision bf16 \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers \
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir dog-lora
@@ -21,9 +20,8 @@ A run writes into output_dir: pytorch_lora_weights.safetensors, the model card R
 
 Shapes in the comments: B images of a batch (instance images first, then class images), C latent channels, h and w the
 latent's height and width (pixels / 8), S text tokens, D joint width, P pooled width. sigma is the noise level in
-[0, 1], a step is one update of the optimizer.
-
-The twin, train_dreambooth_sd3.py, trains the whole transformer; `diff` of the two files shows what LoRA is.
+[0, 1], a step is one update of the optimizer. The twin, train_dreambooth_sd3.py, trains the whole transformer; `diff`
+of the two files shows what LoRA is.
 """
 
 import argparse
@@ -375,7 +373,7 @@ def open_image(source, reach, number, alpha_mask=False):
     JPEGs are decoded no larger than needed to cover `reach` pixels. Errors: ValueError with its name."""
     file = name = source
     if isinstance(source, dict):
-        name = source["path"] or f"of row {number}"
+        name = source["path"]
         file = io.BytesIO(source["bytes"]) if source["bytes"] else name
     try:
         with Image.open(file) as image:
@@ -396,7 +394,7 @@ def open_image(source, reach, number, alpha_mask=False):
             image.putalpha(alpha)
         return image
     except Exception as error:  # PIL's readers raise anything on a damaged file
-        raise ValueError(f"the image {name} cannot be read ({error})") from error
+        raise ValueError(f"the image {name or f'of row {number}'} cannot be read ({error})") from error
 
 
 def crop_image(image, size, generator, center, flip):
@@ -574,12 +572,13 @@ def encode_all(keys, make, title, batch=1):
 
 def read_folder(args, flag, folder):
     """Images of a folder and a caption or None for each, from the files beside them or from its metadata file."""
-    if any(Path(folder, name).is_file() for name in METADATA):
-        return read_dataset(args, flag, folder, "image", args.caption_column or "text")
+    with or_refuse(f"{flag} {folder!r} cannot be read"):
+        images = list_images(folder)
+        if any(Path(folder, name).is_file() for name in METADATA):
+            return read_dataset(args, flag, folder, "image", args.caption_column or "text")
     unused = (args.dataset_split, args.image_column, args.caption_column)
     if unused != ("train", "image", None):
         log.warning(f"{flag} {folder!r} has no metadata file: split and columns of a dataset have no effect")
-    images = list_images(folder)
     captions = []
     for image in images:
         beside = next(filter(Path.is_file, map(image.with_suffix, CAPTION_SUFFIXES)), None)
@@ -603,7 +602,9 @@ def read_dataset(args, flag, name, image_column, caption_column):
         label = rows.features.get(caption_column)
         if isinstance(label, datasets.ClassLabel):
             captions = label.int2str(captions)
-        images = rows.cast_column(image_column, datasets.Image(decode=False))[image_column]
+        images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))[
+            image_column
+        ]
     return images, captions
 
 
@@ -642,21 +643,21 @@ def read_pipeline(args):
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
     with or_refuse(f"--pretrained_model_name_or_path {base!r}: no model_index.json can be read: {remedy}"):
         index = StableDiffusion3Pipeline.load_config(base, **where)
-    found = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
-    own = args.pretrained_transformer_model_name_or_path
-    classes = {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatch"}
-    parts = {}
-    for name in ("vae", *classes, *TEXT_ENCODERS[:2], *TOKENIZERS[:2], *found):
-        if args.no_t5 and name.endswith("_3"):
-            continue
-        library, class_name = found.get(name, ("nothing", ""))
-        if library not in ("diffusers", "transformers") or classes.get(name, "") not in class_name:
-            refuse(f"--pretrained_model_name_or_path {base!r}: no SD3 pipeline: its {name} is {library} {class_name}")
-        kind = getattr(importlib.import_module(library), class_name)
-        model = own if own and name == "transformer" else base
-        parts[name] = (kind, model, where | {"subfolder": name}, found[name])
-        if args.variant and model == base and hasattr(kind, "parameters"):
-            parts[name][2]["variant"] = args.variant
+        found = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
+        own = args.pretrained_transformer_model_name_or_path
+        classes = {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatch"}
+        parts = {}
+        for name in ("vae", *classes, *TEXT_ENCODERS[:2], *TOKENIZERS[:2], *found):
+            if args.no_t5 and name.endswith("_3"):
+                continue
+            library, class_name = found.get(name, ("nothing", ""))
+            if library not in ("diffusers", "transformers") or classes.get(name, "") not in class_name:
+                refuse(f"--pretrained_model_name_or_path {base!r} is not SD3: its {name} is {library} {class_name}")
+            kind = getattr(importlib.import_module(library), class_name)
+            model = own if own and name == "transformer" else base
+            parts[name] = (kind, model, where | {"subfolder": name}, found[name])
+            if args.variant and model == base and hasattr(kind, "parameters"):
+                parts[name][2]["variant"] = args.variant
     check_parts(args, parts)
     return parts
 
@@ -709,12 +710,12 @@ def load_part(parts, name, checkpoint=None, **options):
             options |= {"config": parts["vae"][1], "config_revision": parts["vae"][2]["revision"]}
             return kind.from_single_file(model, **where, **options).requires_grad_(False)
         # Elsewhere the transformer would compute its table of positions: 16 s and 3.4 GB of RAM for SD3.5 Medium.
-        modern = utils.compare_versions("diffusers", ">=", "0.40.0")
-        on_meta = name == "transformer" and modern and not options.get("quantization_config")
+        plain = not options.get("quantization_config")
+        on_meta = name == "transformer" and plain and utils.compare_versions("diffusers", ">=", "0.40.0")
         with torch.device("meta") if on_meta else nullcontext():
             part, info = kind.from_pretrained(model, output_loading_info=True, **where, **options)
         wrong = sum(map(list, info.values()), [])  # keys that are missing, unexpected, of another shape
-        if wrong and getattr(part, "hf_quantizer", None) is None:
+        if wrong and plain:
             raise ValueError(f"its weights do not fit its config: {wrong[0]}, {len(wrong)} in all")
     return part.requires_grad_(False).eval()
 
@@ -1231,8 +1232,7 @@ def make_schedule(args, optimizer, total):
 def check_optimizer(args, accelerator):
     """Makes the optimizer and its schedule on a layer, because each refuses flags of its own."""
     with or_refuse("these flags of the optimizer and its schedule do not fit together"):
-        optimizer = make_optimizer(args, accelerator, {"transformer": torch.nn.Linear(1, 1)})
-        make_schedule(args, optimizer, 1)
+        make_schedule(args, make_optimizer(args, accelerator, {"transformer": torch.nn.Linear(1, 1)}), total=1)
 
 
 @dataclass
