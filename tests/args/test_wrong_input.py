@@ -66,7 +66,7 @@ PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt
             ({"mode_scale": -1.1}, "argument --mode_scale: -1.1 is out of range: give -1..1.75"),
             ({"mode_scale": 1.8}, "argument --mode_scale: 1.8 is out of range: give -1..1.75"),
             ({"instance_prompt": "\udcff dog"}, "argument --instance_prompt: invalid utf8 value: '\\udcff dog'"),
-            ({"pretrained_model_name_or_path": "\udcff"}, "argument --pretrained_model_name_or_path: invalid utf8 value"),
+            ({"pretrained_model_name_or_path": "\udcff"}, "argument --pretrained_model_name_or_path: invalid utf8 "),
             # Found out by making the optimizer and its schedule.
             ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, NO_FIT),
             ({"optimizer": "prodigy", "learning_rate": 0}, NO_FIT),
