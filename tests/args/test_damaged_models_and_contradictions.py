@@ -130,7 +130,7 @@ def test_a_damaged_part_of_the_model_is_named(refusal, model, damage, part):
     line = refusal(pretrained_model_name_or_path=model, max_train_steps=1, dry_run=part.startswith("tokenizer"))
     start, _, rest = line.partition(repr(str(model)))
     if start.startswith("--pretrained"):  # by the index alone
-        start, _, rest = rest.removeprefix(": no SD3 pipeline: its ").partition(" is ")
+        start, _, rest = rest.removeprefix(" is not SD3: its ").partition(" is ")
     assert start.split(" ")[0] == part
     assert cause in rest
 
@@ -443,16 +443,9 @@ def test_numbers_without_sense(script, refused, monkeypatch, name):
 
 @pytest.mark.parametrize(
     ("text", "blocks"),
-    [
-        ("1[2-9],2[0-4]", range(12, 25)),
-        ("0,3", [0, 3]),
-        ("0, [3-5] ,7,", [0, 3, 4, 5, 7]),
-        ("2?", range(20, 30)),
-        ("4", [4]),
-        (None, range(38)),
-    ],
+    [("12-24", range(12, 25)), ("0,3", [0, 3]), ("0, 3-5 ,7,", [0, 3, 4, 5, 7]), ("4", [4]), (None, range(38))],
 )
-def test_blocks_are_numbers_and_patterns(text, blocks):
+def test_blocks_are_numbers_and_ranges(text, blocks):
     transformer = torch.nn.Module()
     layers = ({"attn": torch.nn.ModuleDict({"to_q": torch.nn.Linear(1, 1)})} for _ in range(38))
     transformer.transformer_blocks = torch.nn.ModuleList(map(torch.nn.ModuleDict, layers))
