@@ -407,7 +407,7 @@ PLAIN = "has no metadata file: split and columns of a dataset have no effect"
             ({"dataset_split": "test"}, PLAIN),
             (
                 {"alpha_mask": True},
-                "--alpha_mask: no image is transparent in part; a wholly transparent one teaches nothing",
+                "--alpha_mask: no image is transparent in part; wholly transparent ones teach nothing",
             ),
             ({"cache_dir": "cache"}, None),
         ]
