@@ -32,8 +32,6 @@ import fnmatch
 import functools
 import hashlib
 import importlib
-import importlib.metadata
-import importlib.util
 import io
 import json
 import logging
@@ -64,7 +62,6 @@ model
   --variant                          text                   Variant of the model's weight files, such as fp16.
   --cache_dir                        text                   Where downloaded models and datasets are kept.
   --no_t5                            switch                 Leave out T5: less memory, weaker text.
-
 data
   --dataset_name                     text                   Hub id or folder, read by the datasets library.
   --dataset_config_name              text                   Configuration of that dataset.
@@ -83,7 +80,6 @@ data
   --random_flip                      switch                 Mirror half of the images.
   --alpha_mask                       switch                 Weigh the loss by the alpha channel.
   --dataloader_num_workers           int 0..1024 = 0        0 loads in the main process.
-
 prior preservation
   --with_prior_preservation          switch                 Also train on class images, against drift.
   --class_data_dir                   text                   Folder of class images; missing ones are drawn into it.
@@ -92,7 +88,6 @@ prior preservation
   --prior_loss_weight                float 0..1e30 = 1      Weight of the class images' loss.
   --sample_batch_size                int 1..10000 = 4       Class images drawn at once, on each process.
   --prior_generation_precision       no|fp32|fp16|bf16      For class images; unset: --mixed_precision.
-
 training
   --train_batch_size                 int 1..10000 = 4       Instance images per batch, on each process.
   --num_train_epochs                 int 1..1e9 = 1         Epochs; --max_train_steps wins.
@@ -109,7 +104,6 @@ training
   --seed                             int 0..4294967295      Unset: a random one, which checkpoints keep.
   --full_determinism                 switch                 Equal runs give equal bits on a GPU too; slower.
   --local_rank                       int -1..1e9 = -1       From old launchers; LOCAL_RANK is what counts.
-
 loss
   --weighting_scheme                 sigma_sqrt|logit_normal|mode|cosmap|none = logit_normal  SD3 paper, 3.1.
   --training_shift                   float 1e-30..1e30      Shift of the noise levels; unset: the scheduler's, 3.
@@ -117,7 +111,6 @@ loss
   --logit_std                        float 1e-30..1e30 = 1  Standard deviation of the logit-normal density.
   --mode_scale                       float -1..1.75 = 1.29  Scale of the mode density.
   --precondition_outputs             int 0..1 = 1           1 compares clean latents, 0 velocities.
-
 optimizer
   --optimizer                        adamw|prodigy = adamw  Case does not matter.
   --learning_rate                    float 0..1e30 = 1e-4   Learning rate after warm-up.
@@ -137,7 +130,6 @@ optimizer
   --prodigy_decouple                 boolean = True         Decoupled weight decay.
   --prodigy_use_bias_correction      boolean = True         Adam's bias correction.
   --prodigy_safeguard_warmup         boolean = True         Keep the rate out of D's denominator in warm-up.
-
 validation
   --validation_prompt                texts                  Prompts of the images drawn along the way and after.
   --validation_data_dir              text                   Held-out images: their loss at fixed noise is logged.
@@ -146,7 +138,6 @@ validation
   --validation_num_inference_steps   int 1..10000 = 28      Denoising steps.
   --validation_guidance_scale        float 0..1e30 = 7      Guidance; Turbo needs 0.
   --skip_final_inference             switch                 Draw no images at the end.
-
 output
   --output_dir                       text = sd3-dreambooth  Where everything is written.
   --logging_dir                      text = logs            The trackers' folder inside output_dir.
@@ -183,17 +174,13 @@ def refuse(message):
     """Prints one line and exits with code 2; if all processes fail alike, only local rank 0 prints."""
     if int(os.environ.get("LOCAL_RANK") or 0):
         time.sleep(2)  # the launcher should have killed this process by then
-    line = " ".join(str(message).split())
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextmanager
 def or_refuse(what):
-    """Turns any exception into a one-line error: damaged files and unreachable servers can raise anything.
-
-    With SHOW_TRACEBACKS in the environment it stays as it is, for whoever changes the code.
-    """
+    """Turns any exception into a one-line error, unless SHOW_TRACEBACKS is in the environment."""
     try:
         yield
     except Exception as error:
@@ -227,8 +214,8 @@ def in_range(kind, bounds):
 
 
 def split_names(text):
-    """Names in a comma-separated list, without spaces and empty ones."""
-    return text.replace(" ", "").strip(",").split(",")
+    """Names in a comma-separated list, without spaces and empty ones; all-linear is every name."""
+    return text.replace(" ", "").replace("all-linear", "*").strip(",").split(",")
 
 
 def read_kind(kind):
@@ -238,13 +225,9 @@ def read_kind(kind):
         return {"type": in_range(int if number == "int" else float, bounds)}
     if "|" in kind:
         return {"choices": kind.split("|"), "type": str.lower}
-    return {
-        "text": {"type": utf8},
-        "texts": {"type": utf8, "nargs": "+"},
-        "required": {"required": True},
-        "switch": {"action": "store_true"},
-        "boolean": {"type": boolean},
-    }[kind]
+    kinds = {"text": {"type": utf8}, "texts": {"type": utf8, "nargs": "+"}, "boolean": {"type": boolean}}
+    kinds |= {"required": {"required": True}, "switch": {"action": "store_true"}}
+    return kinds[kind]
 
 
 class Parser(argparse.ArgumentParser):
@@ -262,7 +245,7 @@ def build_parser():
         allow_abbrev=False,
     )
     parser.set_defaults(output_preservation_weight=0.0)  # a flag of LoRA alone
-    for group in (FLAGS + METHOD_FLAGS).strip().split("\n\n"):
+    for group in re.split(r"\n+(?=\w)", (FLAGS + METHOD_FLAGS).strip()):
         title, *rows = group.splitlines()
         group = parser.add_argument_group(title)
         for row in rows:
@@ -373,14 +356,12 @@ def list_images(folder):
 
 
 def open_image(source, reach, number, alpha_mask=False):
-    """RGB image of a path or of a dataset's {"bytes", "path"}; `number` names one that has no path.
-
-    EXIF rotation is applied, 16 bits are scaled to 8, transparent parts become white; `alpha_mask` keeps the alpha as
-    a fourth band. JPEGs are decoded no larger than needed to cover `reach` pixels. Errors: ValueError with its name.
-    """
+    """RGB image of a path or of a dataset's {"bytes", "path"}; `number` names one that has no path. EXIF rotation is
+    applied, 16 bits are scaled to 8, transparent parts become white; `alpha_mask` keeps the alpha as a fourth band.
+    JPEGs are decoded no larger than needed to cover `reach` pixels. Errors: ValueError with its name."""
     file = name = source
     if isinstance(source, dict):
-        name = source["path"] or f"of row {number}"
+        name = source["path"]
         file = io.BytesIO(source["bytes"]) if source["bytes"] else name
     try:
         with Image.open(file) as image:
@@ -401,23 +382,18 @@ def open_image(source, reach, number, alpha_mask=False):
             image.putalpha(alpha)
         return image
     except Exception as error:  # PIL's readers raise anything on a damaged file
-        raise ValueError(f"the image {name} cannot be read ({error})") from error
+        raise ValueError(f"the image {name or f'of row {number}'} cannot be read ({error})") from error
 
 
 def crop_image(image, size, generator, center, flip):
-    """A crop of `size`, (height, width): uint8 (bands, height, width), its place and mirror drawn.
-
-    The image is scaled until it just covers `size`, but only inside the crop: all of 1 x 5000 pixels would take 4 GB.
-    """
+    """A crop of `size`, (height, width): uint8 (bands, height, width), its place and mirror drawn. The image is scaled
+    until it just covers `size`, but only inside the crop: all of 1 x 5000 pixels would take 4 GB."""
     height, width = size
     rows = max(height, image.height * width // image.width)
     columns = max(width, image.width * height // image.height)
     down, right, mirror = torch.rand(3, generator=generator).tolist()
-    top = int(down * (rows - height + 1))
-    left = int(right * (columns - width + 1))
-    if center:
-        top = round((rows - height) / 2)
-        left = round((columns - width) / 2)
+    top = round((rows - height) / 2) if center else int(down * (rows - height + 1))
+    left = round((columns - width) / 2) if center else int(right * (columns - width + 1))
     x = image.width / columns
     y = image.height / rows
     box = (left * x, top * y, (left + width) * x, (top + height) * y)
@@ -432,9 +408,7 @@ def list_buckets(args):
     """The sizes (height, width) that images are cropped to."""
     buckets = [(args.resolution, args.resolution)]
     if args.aspect_ratio_buckets:
-        with or_refuse(
-            f"--aspect_ratio_buckets {args.aspect_ratio_buckets!r}: give height,width pairs: 512,768;768,512"
-        ):
+        with or_refuse(f"--aspect_ratio_buckets {args.aspect_ratio_buckets!r}: give pairs of height,width: 512,768"):
             buckets = parse_buckets_string(args.aspect_ratio_buckets)
     elif args.use_aspect_ratio_buckets:
         buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=16)
@@ -451,11 +425,9 @@ def read_caption(number, caption):
 
 
 class DreamBoothDataset:
-    """Instance images with their prompts, each together with a class image where there are any.
-
-    An item's place is (epoch, index, copy): all that is drawn for it comes from these and the run's seed. A class
-    image is cropped to its partner's size. `moments`, once filled by `cache_moments`, stands in for the pixels.
-    """
+    """Instance images with their prompts, each together with a class image where there are any. An item's place is
+    (epoch, index, copy): all that is drawn for it comes from these and the run's seed. A class image is cropped to its
+    partner's size. `moments`, once filled by `cache_moments`, stands in for the pixels."""
 
     def __init__(self, args, flag, images, captions):
         self.args = args
@@ -469,16 +441,15 @@ class DreamBoothDataset:
         if lacking and args.instance_prompt is None:
             refuse(f"{flag}: {lacking} of {len(prompts)} images have no caption: give --instance_prompt")
         prompts = [words or (args.instance_prompt,) for words in prompts]
-        self.sizes, checksums, alphas = self.add_images("instance", flag, images, prompts)
-        self.digest = derive_seed(prompts, checksums)
+        self.sizes, alphas = self.add_images("instance", flag, images, prompts)
         log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {set(self.sizes)}")
         if args.alpha_mask and {(0, 0), (255, 255)}.issuperset(alphas):
             log.warning(
-                f"{flag}: --alpha_mask: no image is transparent in part; a wholly transparent one teaches nothing"
+                f"{flag}: --alpha_mask: no image is transparent in part; wholly transparent ones teach nothing"
             )
 
     def add_images(self, kind, flag, images, prompts):
-        """Adds the images of a kind and reads each once. Returns their crops' sizes, checksums and ranges of alpha."""
+        """Adds the images of a kind and reads each once. Returns their crops' sizes and ranges of alpha."""
         if not len(images):
             refuse(f"{flag}: there is no image: give a folder that directly holds {', '.join(IMAGE_SUFFIXES)} files")
         self.images[kind] = images
@@ -489,8 +460,7 @@ class DreamBoothDataset:
             bucket = find_nearest_bucket(image.height, image.width, self.buckets)
             height, width = self.buckets[bucket]
             whole = image.width * height == image.height * width
-            digest = hashlib.sha256(image.tobytes()).hexdigest()
-            return whole, (height, width), digest, image.split()[-1].getextrema()
+            return whole, (height, width), image.split()[-1].getextrema()
 
         with ThreadPoolExecutor() as pool:
             found = [pool.submit(inspect, number) for number in range(len(images))]
@@ -512,10 +482,9 @@ class DreamBoothDataset:
         return max(instances, len(self.images.get("class", ())))
 
     def has_fixed_crops(self):
-        """Whether each image is always seen in the same crop, and there are few: their latents take disk space."""
-        few = sum(map(len, self.images.values())) <= 1000
-        whole = self.whole and len(self.buckets) == 1
-        return few and (self.args.center_crop or whole) and not self.args.random_flip
+        """Whether each image is always seen in the same crop, and there are few, because their latents take memory."""
+        fixed = self.args.center_crop or (self.whole and len(self.buckets) == 1)
+        return fixed and not self.args.random_flip and len(self.sizes) <= KEPT
 
     def __getitem__(self, place):
         """The examples of an item, instance, then class: data, prompt and seed of each."""
@@ -527,13 +496,9 @@ class DreamBoothDataset:
             seed = derive_seed(self.args.seed, kind, epoch, index + copy * len(self))
             draw = random.Random(derive_seed(seed, "caption"))
             dropped = draw.random() < self.args.caption_dropout
-            prompt = draw.choice(self.prompts[kind][number])
-            if dropped and kind == "instance":
-                prompt = ""
-            if self.moments:
-                data = self.moments[kind, number, size]["moments"]
-            else:
-                data = self.pixels(kind, number, size, seed)
+            prompt = "" if dropped and kind == "instance" else draw.choice(self.prompts[kind][number])
+            key = (kind, number, size)
+            data = self.moments[key]["moments"] if self.moments else self.pixels(*key, seed)
             examples.append((data, prompt, seed))
         return examples
 
@@ -555,11 +520,9 @@ class Batches(list):
 
 
 def order_epoch(args, dataset, processes, epoch, done=0):
-    """Batches of places (epoch, index, copy): every index once, in an order drawn from seed and epoch.
-
-    An update, which is processes x batch x accumulation images, is full and of one size: copies, drawn anew, fill up
-    the last one of each size. So it has the same images however they are shared out. Leaves out the `done` updates.
-    """
+    """Batches of places (epoch, index, copy): every index once, in an order drawn from seed and epoch. An update,
+    which is processes x batch x accumulation images, is full and of one size: copies, drawn anew, fill up the last one
+    of each size. So it has the same images however they are shared out. Leaves out the `done` updates."""
     generator = torch.Generator().manual_seed(derive_seed(args.seed, "order", epoch))
     batch = args.train_batch_size
     update = processes * batch * args.gradient_accumulation_steps
@@ -579,12 +542,8 @@ def order_epoch(args, dataset, processes, epoch, done=0):
 
 
 def collate(items):
-    """A batch of B examples, instance images first, then class images: data, prompts and seeds.
-
-    The data are pixels (B, bands, H, W), or moments (B, 2C, h, w).
-    """
-    examples = sum(zip(*items, strict=True), ())
-    data, prompts, seeds = zip(*examples, strict=True)
+    """Pixels (B, bands, H, W) or moments (B, 2C, h, w), prompts and seeds of a batch, class images at the end."""
+    data, prompts, seeds = zip(*sum(zip(*items, strict=True), ()), strict=True)
     return torch.stack(data), prompts, seeds
 
 
@@ -601,12 +560,13 @@ def encode_all(keys, make, title, batch=1):
 
 def read_folder(args, flag, folder):
     """Images of a folder and a caption or None for each, from the files beside them or from its metadata file."""
-    if any(Path(folder, name).is_file() for name in METADATA):
-        return read_dataset(args, flag, folder, "image", args.caption_column or "text")
+    with or_refuse(f"{flag} {folder!r} cannot be read"):
+        images = list_images(folder)
+        if any(Path(folder, name).is_file() for name in METADATA):
+            return read_dataset(args, flag, folder, "image", args.caption_column or "text")
     unused = (args.dataset_split, args.image_column, args.caption_column)
     if unused != ("train", "image", None):
         log.warning(f"{flag} {folder!r} has no metadata file: split and columns of a dataset have no effect")
-    images = list_images(folder)
     captions = []
     for image in images:
         beside = next(filter(Path.is_file, map(image.with_suffix, CAPTION_SUFFIXES)), None)
@@ -616,10 +576,7 @@ def read_folder(args, flag, folder):
 
 
 def read_dataset(args, flag, name, image_column, caption_column):
-    """Images of a dataset, decoded when they are used, and captions or None for each.
-
-    `name` is a Hub id, a folder of DatasetDict.save_to_disk, or a folder of images with a metadata file.
-    """
+    """Images, decoded when they are used, and captions or None, of a Hub id or of a folder of the datasets library."""
     remedy = "give a Hub id or a folder without brackets in its name; datasets writes to --cache_dir"
     with or_refuse(f"{flag} {name!r} cannot be read: {remedy}"):
         import datasets
@@ -633,7 +590,9 @@ def read_dataset(args, flag, name, image_column, caption_column):
         label = rows.features.get(caption_column)
         if isinstance(label, datasets.ClassLabel):
             captions = label.int2str(captions)
-        images = rows.cast_column(image_column, datasets.Image(decode=False))[image_column]
+        images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))[
+            image_column
+        ]
     return images, captions
 
 
@@ -666,30 +625,27 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 
 
 def read_pipeline(args):
-    """Parts of the base pipeline from model_index.json, {name: (class, model, where, entry)}: what loads each of them.
-
-    `where` are from_pretrained arguments, `entry` is (library, class name). Refuses anything but an SD3.
-    """
+    """What loads each part of the base pipeline, by name: class, model, from_pretrained's arguments, index entry."""
     base = args.pretrained_model_name_or_path
     remedy = "give a diffusers folder or a Hub id; for a gated model accept its licence and run `hf auth login`"
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
     with or_refuse(f"--pretrained_model_name_or_path {base!r}: no model_index.json can be read: {remedy}"):
         index = StableDiffusion3Pipeline.load_config(base, **where)
-    found = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
-    own = args.pretrained_transformer_model_name_or_path
-    classes = {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatch"}
-    parts = {}
-    for name in ("vae", *classes, *TEXT_ENCODERS[:2], *TOKENIZERS[:2], *found):
-        if args.no_t5 and name.endswith("_3"):
-            continue
-        library, class_name = found.get(name, ("nothing", ""))
-        if library not in ("diffusers", "transformers") or classes.get(name, "") not in class_name:
-            refuse(f"--pretrained_model_name_or_path {base!r}: no SD3 pipeline: its {name} is {library} {class_name}")
-        kind = getattr(importlib.import_module(library), class_name)
-        model = own if own and name == "transformer" else base
-        parts[name] = (kind, model, where | {"subfolder": name}, found[name])
-        if args.variant and model == base and hasattr(kind, "parameters"):
-            parts[name][2]["variant"] = args.variant
+        found = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
+        own = args.pretrained_transformer_model_name_or_path
+        classes = {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatch"}
+        parts = {}
+        for name in ("vae", *classes, *TEXT_ENCODERS[:2], *TOKENIZERS[:2], *found):
+            if args.no_t5 and name.endswith("_3"):
+                continue
+            library, class_name = found.get(name, ("nothing", ""))
+            if library not in ("diffusers", "transformers") or classes.get(name, "") not in class_name:
+                refuse(f"--pretrained_model_name_or_path {base!r} is not SD3: its {name} is {library} {class_name}")
+            kind = getattr(importlib.import_module(library), class_name)
+            model = own if own and name == "transformer" else base
+            parts[name] = (kind, model, where | {"subfolder": name}, found[name])
+            if args.variant and model == base and hasattr(kind, "parameters"):
+                parts[name][2]["variant"] = args.variant
     check_parts(args, parts)
     return parts
 
@@ -709,10 +665,8 @@ def check_parts(args, parts):
 
 def has_room(device, size):
     """Whether a CUDA device has `size` bytes left; other devices always do."""
-    if device.type != "cuda":
-        return True
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0] >= size
+    return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] >= size
 
 
 def is_split(accelerator):
@@ -744,12 +698,12 @@ def load_part(parts, name, checkpoint=None, **options):
             options |= {"config": parts["vae"][1], "config_revision": parts["vae"][2]["revision"]}
             return kind.from_single_file(model, **where, **options).requires_grad_(False)
         # Elsewhere the transformer would compute its table of positions: 16 s and 3.4 GB of RAM for SD3.5 Medium.
-        modern = utils.compare_versions("diffusers", ">=", "0.40.0")
-        on_meta = name == "transformer" and modern and not options.get("quantization_config")
+        plain = not options.get("quantization_config")
+        on_meta = name == "transformer" and plain and utils.compare_versions("diffusers", ">=", "0.40.0")
         with torch.device("meta") if on_meta else nullcontext():
             part, info = kind.from_pretrained(model, output_loading_info=True, **where, **options)
         wrong = sum(map(list, info.values()), [])  # keys that are missing, unexpected, of another shape
-        if wrong and getattr(part, "hf_quantizer", None) is None:
+        if wrong and plain:
             raise ValueError(f"its weights do not fit its config: {wrong[0]}, {len(wrong)} in all")
     return part.requires_grad_(False).eval()
 
@@ -757,10 +711,8 @@ def load_part(parts, name, checkpoint=None, **options):
 def load_tokenizer(kind, model, where):
     """A tokenizer. Errors: ValueError if a file of it is missing, for which the libraries make up what was in it."""
     tokenizer = kind.from_pretrained(model, **where)
-    if (
-        tokenizer.unk_token_id in tokenizer("photo", add_special_tokens=False).input_ids
-        or tokenizer.model_max_length > 2**20
-    ):
+    unknown = tokenizer.unk_token_id in tokenizer("photo", add_special_tokens=False).input_ids
+    if unknown or tokenizer.model_max_length > 2**20:
         raise ValueError("it has no vocabulary or no length: a tokenizer file is missing")
     return tokenizer
 
@@ -786,10 +738,7 @@ def sketch_part(parts, name):
 
 
 def load_to_train(parts, accelerator, name, dtype, checkpoint=None, **options):
-    """A model to be trained, on the device.
-
-    Under FSDP2 it is on the CPU, and only the main process reads the weights: hand_out sends them to the others.
-    """
+    """A model to be trained, on the device; under FSDP2 on the CPU, where hand_out sends what one process reads."""
     if not is_split(accelerator):
         return load_part(parts, name, checkpoint, **on_device(accelerator, dtype) | options)
     if accelerator.is_main_process:
@@ -798,12 +747,12 @@ def load_to_train(parts, accelerator, name, dtype, checkpoint=None, **options):
 
 
 def load_frozen(args, parts, accelerator, name, dtype):
-    """A text encoder or transformer on the device, or on the CPU: its layers then pass through the device as they run.
-
-    On the CPU are text encoders with --offload, and what does not fit with a fifth to spare for the activations.
-    """
+    """A text encoder or transformer on the device, or on the CPU: its layers then pass through the device as they
+    run."""
     size = utils.compute_module_sizes(sketch_part(parts, name), dtype=dtype)[""]
-    if args.offload and name in TEXT_ENCODERS or not has_room(accelerator.device, 1.2 * size):
+    if (
+        args.offload and name in TEXT_ENCODERS or not has_room(accelerator.device, 1.2 * size)
+    ):  # a fifth for activations
         return cpu_offload(load_part(parts, name, torch_dtype=dtype), accelerator.device)
     return load_part(parts, name, **on_device(accelerator, dtype))
 
@@ -860,11 +809,9 @@ class PromptTable:
         return utils.send_to_device(found, self.device)
 
     def __call__(self, prompts):
-        """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts.
-
-        The CLIPs' states side by side, zero-padded to the joint width D, then T5's states along the token axis; the
-        pooled outputs side by side. As in StableDiffusion3Pipeline.encode_prompt. Without T5 its part is zeros.
-        """
+        """Text as the transformer takes it: embeds (B, S, D) and pooled embeds (B, P) of a batch's prompts. The CLIPs'
+        states side by side, zero-padded to the joint width D, then T5's states along the token axis; the pooled
+        outputs side by side. As in StableDiffusion3Pipeline.encode_prompt. Without T5 its part is zeros."""
         both = [self.embed_with(name, prompts) for name in TEXT_ENCODERS[:2]]
         pooled = torch.cat([part["pooled"] for part in both], dim=-1)
         clips = torch.cat([part["states"] for part in both], dim=-1)
@@ -909,10 +856,8 @@ def cache_moments(dataset, vae, accelerator):
 
 def draw_latents(args, vae_config, moments, seeds, device):
     """Latents and noise (B, C, h, w), densities u (B,) and mask (B, 1, h, w) or None, each image's from its own seed.
-
     A latent is a sample of the posterior, shifted and scaled by the VAE's config (SD3 shifts as well as scales); u in
-    [0, 1] is of the density of --weighting_scheme (SD3 paper, section 3.1). `device` is where they are drawn.
-    """
+    [0, 1] is of the density of --weighting_scheme (SD3 paper, section 3.1). `device` is where they are drawn."""
     mean, deviation, *mask = moments.float().split(vae_config.latent_channels, dim=1)
     normal = []
     densities = []
@@ -929,12 +874,10 @@ def draw_latents(args, vae_config, moments, seeds, device):
 
 
 def flow_losses(args, transformer, scheduler, drawn, text, target=None):
-    """Rectified-flow loss of each image, (B,) in float32, and the prediction (SD3 paper, sections 2 and 3.1).
-
-    `drawn` is what draw_latents gives, `text` embeds (B, S, D) and pooled embeds (B, P). The scheduler's tables of
-    timesteps and sigmas run from noisy to clean; the shift (section 5.3.2) is already in them. `target` replaces the
-    data by another prediction, (B, C, h, w).
-    """
+    """Rectified-flow loss of each image, (B,) in float32, and the prediction (SD3 paper, sections 2 and 3.1). `drawn`
+    is what draw_latents gives, `text` embeds (B, S, D) and pooled embeds (B, P). The scheduler's tables of timesteps
+    and sigmas run from noisy to clean; the shift (section 5.3.2) is already in them. `target` replaces the data by
+    another prediction, (B, C, h, w)."""
     latents, noise, u, mask = drawn
     embeds, pooled = text
     levels = len(scheduler.timesteps)
@@ -943,11 +886,8 @@ def flow_losses(args, transformer, scheduler, drawn, text, target=None):
     noisy = (1 - sigma) * latents + sigma * noise
     # Under autocast: half precision inside, float32 in and out.
     velocity = transformer(noisy, embeds, pooled, scheduler.timesteps[index], return_dict=False)[0].float()
-    prediction = velocity
-    truth = noise - latents
-    if args.precondition_outputs:
-        prediction = noisy - sigma * velocity
-        truth = latents
+    prediction = noisy - sigma * velocity if args.precondition_outputs else velocity
+    truth = latents if args.precondition_outputs else noise - latents
     error = prediction - (truth if target is None else target)
     weight = compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
     if mask is not None:  # the mean over what the mask leaves
@@ -979,7 +919,7 @@ class Frozen:
     embed: PromptTable
     vae: torch.nn.Module
     scheduler: object
-    held_out: DreamBoothDataset | None = None
+    held_out: object = None  # a DreamBoothDataset
 
 
 # ---- What is trained ------------------------------------------------------------------------------------------------
@@ -1064,10 +1004,8 @@ def read_states(accelerator, models):
 
 
 def save_weights(args, accelerator, models, states, folder, parts=None):
-    """Writes each trained model into a folder of its name, on the main process.
-
-    `parts` are the base pipeline's when the result is written, which also gets the index of a whole pipeline.
-    """
+    """Writes each trained model into a folder of its name, on the main process. `parts` are the base pipeline's when
+    the result is written, which also gets the index of a whole pipeline."""
     if not accelerator.is_main_process:
         return
     for name, model in models.items():
@@ -1105,11 +1043,9 @@ def clip_gradient(args, accelerator, trained):
 
 
 class SingleUpdates(torch.optim.Optimizer):
-    """Updates one parameter at a time, for --fused_backward_pass in the backward pass, each by its own optimizer.
-
-    Each update runs in float32. A bfloat16 parameter is then rounded up or down with the probability that keeps its
-    mean, because rounding to the nearest would lose small updates. All processes round alike.
-    """
+    """Updates one parameter at a time, for --fused_backward_pass in the backward pass, each by its own optimizer. Each
+    update runs in float32. A bfloat16 parameter is then rounded up or down with the probability that keeps its mean,
+    because rounding to the nearest would lose small updates. All processes round alike."""
 
     def __init__(self, args, groups, defaults, make):
         super().__init__(groups, defaults)
@@ -1200,21 +1136,15 @@ def make_optimizer(args, accelerator, models):
 
 def make_schedule(args, optimizer, total):
     """The learning rate's factor at each of `total` updates."""
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max(total, args.lr_warmup_steps + 1),  # polynomial divides by the difference
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    steps = {"num_warmup_steps": args.lr_warmup_steps}
+    steps["num_training_steps"] = max(total, args.lr_warmup_steps + 1)  # polynomial divides by the difference
+    return get_scheduler(args.lr_scheduler, optimizer, **steps, num_cycles=args.lr_num_cycles, power=args.lr_power)
 
 
 def check_optimizer(args, accelerator):
     """Makes the optimizer and its schedule on a layer, because each refuses flags of its own."""
     with or_refuse("these flags of the optimizer and its schedule do not fit together"):
-        optimizer = make_optimizer(args, accelerator, {"transformer": torch.nn.Linear(1, 1)})
-        make_schedule(args, optimizer, 1)
+        make_schedule(args, make_optimizer(args, accelerator, {"transformer": torch.nn.Linear(1, 1)}), total=1)
 
 
 @dataclass
@@ -1225,7 +1155,7 @@ class Trained:
     parameters: list
     optimizer: object
     schedule: object
-    average: EMAModel | None
+    average: object  # an EMAModel or None
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
@@ -1249,8 +1179,8 @@ class Progress:
     caught: dict  # signals by number
     step: int  # updates made
     total: int
-    finished: bool = False  # whether the result is written
-    bar: tqdm | None = None
+    finished: bool  # whether the result is written
+    bar: object = None
     clock: float = 0.0  # when the present update began
     validation_loss: float = 0.0  # of the held-out images, the last one
     history: list = field(default_factory=list)  # figures of each update
@@ -1258,9 +1188,9 @@ class Progress:
     failed: list = field(default_factory=list)  # what went wrong without costing the weights
 
 
-def describe_run(args, accelerator, dataset):
+def describe_run(args, accelerator):
     """The run's flags without the secret, and what else trackers keep and a resumed run compares."""
-    facts = vars(args) | {"method": METHOD, "processes": accelerator.num_processes, "images": dataset.digest}
+    facts = vars(args) | {"method": METHOD, "processes": accelerator.num_processes}
     del facts["hub_token"]
     facts["validation_prompt"] = " | ".join(args.validation_prompt or ())  # trackers take no lists
     return facts
@@ -1341,19 +1271,16 @@ def tidy_checkpoints(args, step):
 
 def list_checkpoints(output_dir):
     """Folders named checkpoint-N by their number, the newest first; other names are left alone."""
-    paths = {}
-    for path in Path(output_dir).glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal():
-            paths[int(number)] = path
-    return dict(sorted(paths.items(), reverse=True))
+    names = {path.name.removeprefix("checkpoint-"): path for path in Path(output_dir).glob("checkpoint-*")}
+    numbered = {int(name): path for name, path in names.items() if name.isdecimal()}
+    return dict(sorted(numbered.items(), reverse=True))
 
 
 def read_manifest(folder):
     """What a checkpoint holds. Errors: ValueError that says what is wrong with it."""
     try:
         manifest = json.loads(Path(folder, MANIFEST).read_text())
-        if manifest.get("format") == FORMAT:
+        if manifest.get("format") in (1, FORMAT):  # 1 kept the average and the scaler in other files
             return manifest
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder} is no checkpoint to resume from: {error}") from error
@@ -1405,13 +1332,12 @@ def resume(accelerator, checkpoint, trained, state):
     """Loads what goes with a checkpoint's weights: optimizer, schedule, scaler, average. The flags' settings win."""
     if not checkpoint or state.finished:
         return
-    groups = trained.optimizer.param_groups
     schedule = trained.schedule.scheduler  # torch's LambdaLR, inside accelerate's wrapper
     with or_refuse(f"{checkpoint} cannot be loaded: delete it and resume from an older one"):
         device = accelerator.device if is_split(accelerator) else "cpu"  # the optimizer moves a copy to the device
         for file, part in list_states(accelerator, trained).items():
             saved = torch.load(Path(checkpoint, file), map_location=device, weights_only=True)
-            for old, group in zip(saved.get("param_groups", ()), groups, strict=False):
+            for old, group in zip(saved.get("param_groups", ()), trained.optimizer.param_groups, strict=False):
                 old |= {name: group[name] for name in SETTINGS}
             part.load_state_dict(saved)
     groups = trained.optimizer.param_groups  # loading has made new ones
@@ -1425,6 +1351,8 @@ def resume(accelerator, checkpoint, trained, state):
 
 
 # ---- Validation -----------------------------------------------------------------------------------------------------
+
+HELD_OUT_LEVELS = 8  # noise levels, spread evenly
 
 
 @contextmanager
@@ -1446,10 +1374,8 @@ def evaluation(trained):
 
 @contextmanager
 def rescue(args, accelerator, trained, state):
-    """Saves a checkpoint if an error ends the training of one process; of several, others may be waiting elsewhere.
-
-    An update that the error has cut short may be in it in part. An older result does not count as one from here on.
-    """
+    """Saves a checkpoint if an error ends the training of one process; of several, others may be waiting elsewhere. An
+    update that the error has cut short may be in it in part. An older result does not count as one from here on."""
     if not state.finished:
         Path(args.output_dir, MANIFEST).unlink(missing_ok=True)
     try:
@@ -1469,45 +1395,32 @@ def attempt(failed, what, kind=Exception):
         yield
     except kind as error:  # drawing, a tracker and the Hub can raise anything
         failed.append(what)
-        reason = " ".join(str(error).split())
-        log.error(f"{what} failed ({type(error).__name__}: {reason})", main_process_only=False)
+        log.error(f"{what} failed ({type(error).__name__}: {' '.join(str(error).split())})", main_process_only=False)
 
 
 def draw_images(args, transformer, frozen, prompt, seeds, **options):
-    """PIL images of one prompt, one a seed, by the base pipeline with its own steps and guidance unless `options` say.
-
-    Errors: ValueError for latents that are not finite.
-    """
+    """PIL images of a prompt, one a seed. Errors: ValueError for latents that are not finite."""
     embeds, pooled = frozen.embed([prompt] * len(seeds))
     empty_embeds, empty_pooled = frozen.embed([""] * len(seeds))
     absent = dict.fromkeys(("vae", *TEXT_ENCODERS, *TOKENIZERS))
     scheduler = frozen.scheduler.from_config(frozen.scheduler.config)
     pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **absent)
     pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(
-        prompt_embeds=embeds,
-        pooled_prompt_embeds=pooled,
-        negative_prompt_embeds=empty_embeds,
-        negative_pooled_prompt_embeds=empty_pooled,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        height=args.resolution,
-        width=args.resolution,
-        output_type="latent",
-        **options,
-    ).images
+    options |= {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    options |= {"negative_prompt_embeds": empty_embeds, "negative_pooled_prompt_embeds": empty_pooled}
+    options |= {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
+    options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents = pipeline(**options).images
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite: the precision overflows, or training has diverged")
     return decode_latents(args, transformer, frozen.vae, latents)
-
-
-DECODING = 5000  # bytes a pixel that the VAE has taken on an H100
 
 
 def decode_latents(args, transformer, vae, latents):
     """PIL images of latents (B, C, h, w), in float32. If memory is short, the transformer waits on the CPU."""
     device = latents.device
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
-    short = args.offload or not has_room(device, DECODING * args.resolution**2)
+    short = args.offload or not has_room(device, 5000 * args.resolution**2)  # bytes that the VAE took on an H100
     away = offload_models(transformer, device="cpu", offload=short and transformer.device == device)
     lent = offload_models(vae, device=device, offload=vae.device != device)
     with away, lent, torch.autocast(device.type, enabled=False):
@@ -1554,12 +1467,10 @@ def draw_class_images(args, parts, accelerator, numbers):
 
 
 def make_in_turn(accelerator, state, failed, count, make):
-    """What `make` gives for each number below `count`, or nothing. A collective: the processes share the work.
-
-    Each tries by itself, and what fails is in `failed`, so that one that fails alone leaves nobody waiting. Under
-    FSDP2 a forward pass needs all of them: each gets as many numbers, some twice, and if it fails, because memory runs
-    out, it ends, and the launcher then ends the others. After a signal nothing more is made.
-    """
+    """What `make` gives for each number below `count`, or nothing. A collective: the processes share the work. Each
+    tries by itself, and what fails is in `failed`, so that one that fails alone leaves nobody waiting. Under FSDP2 a
+    forward pass needs all of them: each gets as many numbers, some twice, and if it fails, because memory runs out, it
+    ends, and the launcher then ends the others. After a signal nothing more is made."""
     kind = ValueError if is_split(accelerator) else Exception  # draw_images raises it after the passes
     made = {}
     for first in range(0, count, accelerator.num_processes):
@@ -1570,9 +1481,6 @@ def make_in_turn(accelerator, state, failed, count, make):
             made[number] = make(number)
     made = dict(sorted(utils.gather_object(list(made.items()))))
     return list(made.values()) if len(made) == count else []
-
-
-HELD_OUT_LEVELS = 8  # noise levels, spread evenly
 
 
 def measure_held_out(args, transformer, frozen, index):
@@ -1597,27 +1505,16 @@ def log_held_out(accelerator, losses, state):
 
 
 def validate(args, accelerator, trained, frozen, state):
-    """Logs the held-out loss and draws the validation images, as far as flags ask. Returns the images' paths.
-
-    What fails is logged; at the end it is a failure of the run.
-    """
+    """Logs the held-out loss and draws the validation images, as far as flags ask. Returns the images' paths. What
+    fails is logged; at the end it is a failure of the run."""
     transformer = accelerator.unwrap_model(trained.models["transformer"], keep_torch_compile=False)
-    prompts = args.validation_prompt or []
-    if state.finished and args.skip_final_inference:
-        prompts = []
+    prompts = [] if state.finished and args.skip_final_inference else args.validation_prompt or []
 
     def draw(number):
         row, column = divmod(number, args.num_validation_images)
-        (image,) = draw_images(
-            args,
-            transformer,
-            frozen,
-            prompts[row],
-            [args.seed + column],
-            num_inference_steps=args.validation_num_inference_steps,
-            guidance_scale=args.validation_guidance_scale,
-        )
-        return image
+        options = {"num_inference_steps": args.validation_num_inference_steps}
+        options["guidance_scale"] = args.validation_guidance_scale
+        return draw_images(args, transformer, frozen, prompts[row], [args.seed + column], **options)[0]
 
     failed = []
     measure = functools.partial(measure_held_out, args, transformer, frozen)
@@ -1671,8 +1568,8 @@ def describe_cost(state):
     if not state.history:
         return "no update was left to make"
     seconds = [figures["seconds_per_update"] for figures in state.history]
-    times = f"{len(seconds)} updates in {sum(seconds):.0f} s ({np.mean(seconds):.2f} s each)"
-    cost = f"{times}, at most {state.history[-1]['memory_gb']:.1f} GB"
+    cost = f"{len(seconds)} updates in {sum(seconds):.0f} s ({np.mean(seconds):.2f} s each), at most"
+    cost += f" {state.history[-1]['memory_gb']:.1f} GB"
     return f"{cost}; held-out loss {state.validation_loss:.4f}" if state.validation_loss else cost
 
 
@@ -1680,7 +1577,7 @@ def describe_result(args, parts, repository, state):
     """The model card's text: what was trained, and the program that loads it."""
     base = Path(args.pretrained_model_name_or_path)
     base = base.resolve().name if base.exists() else str(base)  # a card is public: no folders above
-    trained = f"DreamBooth weights for {base}"
+    trained = f"DreamBooth weights for {base}, trained for {state.step} updates"
     if args.pretrained_transformer_model_name_or_path:
         trained += f" with the transformer {Path(args.pretrained_transformer_model_name_or_path).name}"
     source = RESULT["pipeline"].format(base=base, result=repository)
@@ -1712,10 +1609,8 @@ def sign_card(card):
 
 
 def write_card(args, parts, repository, state, image_paths):
-    """Writes the model card, README.md, with the final images as its gallery.
-
-    A card that a person wrote or changed gets another name.
-    """
+    """Writes the model card, README.md, with the final images. One that a person wrote or changed gets another
+    name."""
     base = args.pretrained_model_name_or_path
     widget = []
     for number, path in enumerate(image_paths):
@@ -1763,15 +1658,23 @@ def publish(args, parts, repository, state, image_paths):
     if not args.push_to_hub:
         return
     with attempt(state.failed, "the upload"):
-        huggingface_hub.upload_folder(
-            repo_id=repository,
-            folder_path=args.output_dir,
-            allow_patterns=["README.md", *RESULT["files"], *(path.name for path in image_paths)],
-            token=args.hub_token,
-        )
+        files = ["README.md", *RESULT["files"], *(path.name for path in image_paths)]
+        options = {"allow_patterns": files, "commit_message": "End of training", "token": args.hub_token}
+        huggingface_hub.upload_folder(repo_id=repository, folder_path=args.output_dir, **options)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
+
+OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-9]/*")  # beside the result
+MEMORY_FLAGS = (  # the most effective first
+    "gradient_checkpointing cache_latents offload full_bf16 use_8bit_adam fused_backward_pass blocks_to_swap"
+    " bnb_quantization_config_path"
+).split()
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+WITHOUT_FSDP = (  # it splits one float32 model, and not the sums over all weights that Prodigy needs
+    "use_ema train_text_encoder use_8bit_adam prodigy bnb_quantization_config_path blocks_to_swap full_bf16"
+    " fused_backward_pass"
+).split()
 
 
 def make_folder(flag, folder):
@@ -1779,9 +1682,6 @@ def make_folder(flag, folder):
     with or_refuse(f"{flag} {folder!r} cannot be written: give another folder"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-
-
-OUTPUT = ("README.md", "image_*.png", MANIFEST, "validation/*", "checkpoint-*[0-9]/*")  # beside the result
 
 
 def check_output(args):
@@ -1811,7 +1711,7 @@ def start_accelerator(args):
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     logs = Path(args.output_dir, args.logging_dir, args.tracker_run_name or "")
     AcceleratorState._reset_state()  # in a notebook the previous run's settings would stay
-    with or_refuse(f"accelerate does not start with --mixed_precision {args.mixed_precision} as it is configured"):
+    with or_refuse(f"accelerate takes no --mixed_precision {args.mixed_precision} with --report_to {args.report_to}"):
         accelerator = Accelerator(
             # A plugin, because the environment's number overrides a plain argument.
             gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
@@ -1836,11 +1736,6 @@ def start_accelerator(args):
         check_fsdp(args, accelerator.state.fsdp_plugin)
     check_optimizer(args, accelerator)
     return accelerator
-
-
-WITHOUT_FSDP = (  # it splits one float32 model, and not the sums over all weights that Prodigy needs
-    "use_ema train_text_encoder use_8bit_adam prodigy bnb_quantization_config_path full_bf16 fused_backward_pass"
-).split()
 
 
 def check_fsdp(args, plugin):
@@ -1885,14 +1780,9 @@ def start_trackers(args, accelerator, facts):
             raise ModuleNotFoundError(f"pip install {' '.join(absent)}")
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-
-
 def catch_signals(cleanup):
-    """Signals that have come, {number: time}; after two seconds another one ends the process.
-
-    Those that are ignored (nohup) stay so, but for SIGUSR1: a launcher that it would end is started with it ignored.
-    """
+    """Signals that have come, {number: time}; after two seconds another one ends the process. Those that are ignored
+    (nohup) stay so, but for SIGUSR1: a launcher that it would end is started with it ignored."""
     caught = {}
 
     def catch(number, frame):
@@ -1902,7 +1792,7 @@ def catch_signals(cleanup):
         if not caught:
             name = signal.Signals(number).name
             print(f"\n{name}: the run saves what it has trained and ends; a second ends it at once", file=sys.stderr)
-        caught[number] = now
+        caught.setdefault(number, now)
 
     with suppress(ValueError):  # outside the main thread Python cannot catch signals
         for number in SIGNALS:
@@ -1945,9 +1835,8 @@ def encode_images(args, parts, accelerator, embed, dataset, held_out):
     vae = load_part(parts, "vae", **on_device(accelerator, torch.float32))
     vae.enable_slicing()  # image by image: 2.5 GiB at 1024 px, whatever the batch
     args.cache_latents |= bool(dataset) and dataset.has_fixed_crops()  # the same latents, for less
-    for images in (dataset if args.cache_latents else None, held_out):
-        if images:
-            cache_moments(images, vae, accelerator)
+    for images in filter(None, (dataset if args.cache_latents else None, held_out)):
+        cache_moments(images, vae, accelerator)
     if args.cache_latents or args.offload:
         vae.to("cpu")
         free_memory()
@@ -1957,15 +1846,9 @@ def encode_images(args, parts, accelerator, embed, dataset, held_out):
 def make_loader(args, accelerator, dataset):
     """This process's batches, on the device; the list of all, to be filled each epoch; updates an epoch and in all."""
     batches = Batches(order_epoch(args, dataset, accelerator.num_processes, 0))
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_num_workers > 0,
-        worker_init_fn=ignore_signals,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    workers = {"num_workers": args.dataloader_num_workers, "persistent_workers": args.dataloader_num_workers > 0}
+    workers |= {"worker_init_fn": ignore_signals, "pin_memory": accelerator.device.type == "cuda"}
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **workers)
     updates = len(batches) // (accelerator.num_processes * args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * updates
     return accelerator.prepare(loader), batches, updates, total
@@ -2121,12 +2004,6 @@ def report_end(args, accelerator, state, stop):
     sys.exit(128 + stop if stop else 1)
 
 
-MEMORY_FLAGS = (  # the most effective first
-    "gradient_checkpointing cache_latents offload full_bf16 use_8bit_adam fused_backward_pass blocks_to_swap"
-    " bnb_quantization_config_path"
-).split()
-
-
 @contextmanager
 def name_memory_flags(args):
     """Ends a run for which the GPU has too little memory with the flags that lower its need."""
@@ -2159,9 +2036,9 @@ def main(args):
         # The data. Everything is checked before anything is created, drawn or loaded. A dry run ends here.
         dataset = read_instances(args)
         held_out = read_held_out(args)
-        facts = describe_run(args, accelerator, dataset)
+        facts = describe_run(args, accelerator)
         compare_runs(accelerator, checkpoint, manifest, facts)
-        embed = PromptTable(args, parts, accelerator, list_prompts(args, dataset, held_out))
+        embed = PromptTable(args, parts, accelerator, list_prompts(args, None if finished else dataset, held_out))
         if args.dry_run:
             log.info("dry run: a run with these flags would now start")
             return

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 QUIET = {  # what libraries say while they load concerns nobody here
@@ -104,13 +105,21 @@ def train(name, seed):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE.parent / script)]
     print(f"\n{name}: {script}, {how['--max_train_steps']} updates", flush=True)
-    with subprocess.Popen([*launch, *words], stderr=subprocess.PIPE) as run:
+    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // 2, 1))}  # two runs at a time
+    with subprocess.Popen([*launch, *words], stderr=subprocess.PIPE, env=os.environ | threads) as run:
         for line in io.TextIOWrapper(run.stderr, newline=""):  # ends at a return too, as a progress bar's does
             if not line.startswith(NOISE):
                 print(line, end="", file=sys.stderr, flush=True)
     if run.returncode:
         sys.exit(f"{script} ended with {run.returncode}")
     return folder
+
+
+def train_two(names, seeds):
+    """Trains each of the names from each of the seeds, two at a time: {name: [output_dir, ...]}."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = {name: [pool.submit(train, name, seed) for seed in seeds] for name in names}
+    return {name: [run.result() for run in started] for name, started in runs.items()}
 
 
 def draw_class_images():
@@ -206,7 +215,7 @@ def main():
     print("Drawing class images, for prior preservation", flush=True)
     draw_class_images()
     draw_cut_outs()
-    folders = {name: [train(name, seed) for seed in seeds] for name in shown}
+    folders = train_two(shown, seeds)
     print("\nDrawing before and after", flush=True)
     pipelines = {"base": BASE} | {name: folders[name][0] for name in shown}
     draw_page(pipelines)

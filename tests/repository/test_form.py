@@ -75,7 +75,6 @@ def test_functions_are_short_and_flat(path):
     assert (long, deep) == ({}, {})
 
 
-@pytest.mark.xfail(reason="what was added is still to be paid for", strict=True)
 def test_a_script_is_read_in_one_sitting(kind, script_path):
     """Tokens are what is read: a bound on lines alone would reward packing."""
     source = script_path.read_text()
@@ -86,7 +85,6 @@ def test_a_script_is_read_in_one_sitting(kind, script_path):
     assert len(source.splitlines()) <= LINES
 
 
-@pytest.mark.xfail(reason="what was added is still to be paid for", strict=True)
 def test_a_function_is_small_and_takes_few_arguments(script_path):
     tokens, _ = count_tokens(script_path.read_text())
     large, many = {}, {}
