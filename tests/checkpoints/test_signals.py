@@ -81,7 +81,7 @@ def test_a_second_signal_ends_at_once(script, monkeypatch):
             for seconds in (100.0, 101.0, 103.0):
                 monkeypatch.setattr(script.time, "monotonic", lambda seconds=seconds: seconds)
                 os.kill(os.getpid(), signal.SIGTERM)
-                if seconds == 101 and caught != [signal.SIGTERM, signal.SIGTERM]:
+                if seconds == 101 and list(caught) != [signal.SIGTERM]:
                     return
 
     assert in_child(be_told_twice) == 143
@@ -95,7 +95,7 @@ def test_ignored_signals_stay_so_but_for_a_launchers(script):
             caught = script.catch_signals(cleanup)
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert caught == [signal.SIGUSR1]
+            assert list(caught) == [signal.SIGUSR1]
 
     assert in_child(be_told) == 0
 
