@@ -185,7 +185,7 @@ def test_trackio(lora, run, monkeypatch):
     ],
 )
 def test_refused_before_anything_is_encoded(lora, argv, monkeypatch, capsys, tmp_path, flags, message):
-    monkeypatch.setattr(lora, "encode_once", None)
+    monkeypatch.setattr(lora.PromptTable, "fill", None)
     monkeypatch.setattr(sys, "argv", ["script.py"])
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("NETRC", str(tmp_path / "no logins"))
