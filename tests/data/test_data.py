@@ -15,6 +15,8 @@ from conftest import isolated
 from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 
 @pytest.fixture
 def said(script, monkeypatch, caplog):
