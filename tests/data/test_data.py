@@ -13,6 +13,8 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 
 @pytest.fixture
 def said(script, monkeypatch, caplog):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_trackers import read_tensorboard
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 LEVELS = [f"validation_loss_{level}" for level in range(1, 9)]
 
 

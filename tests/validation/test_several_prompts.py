@@ -6,6 +6,8 @@ import yaml
 from PIL import Image
 from test_trackers import read_tensorboard, read_wandb
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 PROMPTS = ["sks dog on the beach", 'a "red" car, it\'s new', "a dog"]
 TAGS = ["0_sks_dog_on_the_beach", "1_a_red_car_it_s_new", "2_a_dog"]
 

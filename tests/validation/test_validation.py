@@ -12,6 +12,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trackers import wandb_records
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 PROMPT, SIZE, LENGTH, IMAGES = "a photo of sks dog in a bucket", 48, 154, 2
 PROJECTS = {"full": "dreambooth-sd3", "lora": "dreambooth-sd3-lora"}
 ENCODERS = {"full": ("text_encoder", "text_encoder_2", "text_encoder_3"), "lora": ("text_encoder", "text_encoder_2")}
