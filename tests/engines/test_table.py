@@ -48,7 +48,6 @@ ROWS = {
 }
 # Of one script alone: what the other has no flag for, and what would take long and meet the same code.
 ALONE = {
-    "compiled by block": "full",  # of the other in tests/training/test_compile.py
     "compiled": "lora",
     "output preservation": "lora",
     "quantised base": "lora",
