@@ -958,7 +958,7 @@ def choose_layers(args, transformer):
     layers = [f"*.{layer}" for layer in split_names(args.lora_layers or LORA_LAYERS)]
     inside = sum([fnmatch.filter(linear, block) for block in blocks], [])
     chosen = sum([fnmatch.filter(inside, layer) for layer in layers], [])
-    for pattern in blocks + layers if args.lora_layers else blocks:
+    for pattern in layers + blocks if args.lora_layers else blocks:
         if not fnmatch.filter(chosen, pattern):
             refuse(f"--lora_blocks, --lora_layers: no {pattern}; block 0: {fnmatch.filter(linear, '*blocks.0.*')}")
     return chosen
