@@ -426,9 +426,10 @@ def test_prompts_that_are_too_long_are_counted_for_each_encoder(script, run, pic
         path.with_suffix(".txt").write_text(f"{path.stem} " * (1 if number < 3 else 200))
     caplog.set_level(logging.INFO)
     run(script, instance_data_dir=tmp_path / "data", max_sequence_length=512, dry_run=True)
-    said = [line for line in caplog.messages if "are cut" in line]
-    counts = ("tokenizer reads 77", "tokenizer_2 reads 77", "tokenizer_3 reads 512")
-    assert [line.removeprefix("[RANK 0] ") for line in said] == [f"{name} tokens: 9 of 12 are cut" for name in counts]
+    said = [line for line in caplog.messages if " cuts " in line]
+    lengths = {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 512}
+    expected = [f"{name} cuts 9 of 12 prompts to {length} tokens" for name, length in lengths.items()]
+    assert [line.removeprefix("[RANK 0] ") for line in said] == expected
 
 
 HUGE = {"repeats": 10**9, "num_class_images": 10**6, "train_batch_size": 10**6, "dataloader_num_workers": 10**5}

@@ -159,42 +159,32 @@ def test_a_checkpoint_of_the_other_script_is_refused(script, kind, argv, saved, 
     assert f"was trained with method {names[other]}, not {names[kind]}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("spelling", ["./{}", "{}/", "../{parent}/{}", "{path}"])
-def test_the_same_base_in_another_spelling_is_accepted(lora, argv, checkpoints, saved, monkeypatch, caplog, spelling):
-    base = checkpoints()
-    monkeypatch.chdir(base.parent)
-    named = spelling.format(base.name, parent=base.parent.name, path=base)
-    compare(lora, argv, resume_from_checkpoint=saved["lora"] / "checkpoint-1", pretrained_model_name_or_path=named)
-    assert "changed flags" not in caplog.text
-
-
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"learning_rate": 1e-3}, "learning_rate 0.0001 -> 0.001"),
-        ({"instance_prompt": "a cat"}, "instance_prompt 'a photo of sks dog' -> 'a cat', images "),
-        ({"instance_data_dir": "PICTURES"}, "images "),
+        ({"instance_prompt": "a cat"}, "instance_prompt 'a photo of sks dog' -> 'a cat'"),
+        ({"instance_prompt": "a cat"}, " images "),
+        ({"instance_data_dir": "PICTURES"}, " images "),
         ({"ema_decay": 0.5}, "ema_decay 0.9999 -> 0.5"),
         ({"train_batch_size": 2}, "train_batch_size 1 -> 2"),
-        ({"max_train_steps": 9, "logging_dir": "other"}, None),
-        ({"max_train_steps": 9, "lr_scheduler": "cosine"}, "max_train_steps "),  # the rate depends on it
+        ({"max_train_steps": 9, "logging_dir": "other"}, "logging_dir 'logs' -> 'other', max_train_steps 1 -> 9"),
     ],
 )
 def test_what_has_changed_since_is_said(script, kind, argv, pictures, saved, caplog, changed, said):
-    """The pictures by what is in them, whatever their folder is called; what changes no update is passed over."""
+    """In one line; the pictures by what is in them, whatever their folder is called."""
     if "instance_data_dir" in changed:
         changed = {"instance_data_dir": pictures(2, seed=5)}
     checkpoint = saved[kind] / "checkpoint-1"
     compare(script, argv, resume_from_checkpoint=checkpoint, **changed)
-    lines = [line for line in caplog.messages if "with changed flags" in line]
-    assert len(lines) == (said is not None)
-    if said:
-        assert f"resuming {checkpoint} with changed flags: " in lines[0]
-        assert said in lines[0]
+    (line,) = [line for line in caplog.messages if "with changed flags" in line]
+    assert f"resuming {checkpoint} with changed flags: " in line
+    assert said in line
+    assert "resume_from_checkpoint" not in line
 
 
-def test_a_run_goes_on_with_its_updates_shared_out_otherwise(lora, run, pictures, caplog, tmp_path):
-    """Two images at once, or one after the other: the losses stay those of the run that began, and nothing is said."""
+def test_a_run_goes_on_with_its_updates_shared_out_otherwise(lora, run, pictures, tmp_path):
+    """Two images at once, or one after the other: the losses stay those of the run that began."""
     flags = {"instance_data_dir": pictures(5), "max_train_steps": 5}  # of three updates an epoch
     with watch_updates(lora) as updates:
         whole = run(lora, **flags, train_batch_size=2, checkpointing_steps=2)
@@ -204,15 +194,13 @@ def test_a_run_goes_on_with_its_updates_shared_out_otherwise(lora, run, pictures
     assert [update["step"] for update in later] == [3, 4, 5]
     for ours, theirs in zip(updates[2:], later, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
-    assert "changed flags" not in caplog.text
 
 
-def test_fewer_updates_than_the_checkpoint_has_are_none(script, run, caplog, tmp_path):
+def test_fewer_updates_than_the_checkpoint_has_are_none(script, run):
     out = run(script, checkpointing_steps=2)
     before = read_files(out)
     with watch_updates(script) as updates:
         run(script, max_train_steps=1, resume_from_checkpoint="latest")
-    assert f"nothing is left to train: {out / 'checkpoint-2'} has 2 updates, 1 are asked for" in caplog.text
     assert updates == []
     assert read_files(out) == before
 

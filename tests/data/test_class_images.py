@@ -6,6 +6,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 pytestmark = pytest.mark.usefixtures("few_steps")
 PROMPT, LENGTH, SIZE = "a photo of a dog", 154, 48
 

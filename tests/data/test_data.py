@@ -13,6 +13,8 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 
 @pytest.fixture
 def said(script, monkeypatch, caplog):
@@ -260,5 +262,5 @@ def test_dry_run(script, run, monkeypatch, tmp_path, said):
         monkeypatch.setattr(script, name, None)
     out = run(script, **flags, report_to="tensorboard", dry_run=True)
     assert list(out.iterdir()) == list((tmp_path / "none").iterdir()) == []
-    cut = [f"{name} reads 77 tokens: 1 of 3 are cut" for name in script.TOKENIZERS]
+    cut = [f"{name} cuts 1 of 3 prompts to 77 tokens" for name in script.TOKENIZERS]
     assert said.messages[1:] == [*cut, "dry run: a run with these flags would now start"]

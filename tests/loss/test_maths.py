@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import SCRIPTS
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+IN_TURN = True  # one script for each test, see conftest.py
 
 PROMPTS = ["a photo of sks dog", "", "the yarn dog in a bucket, " * 30]
 SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
@@ -149,6 +152,7 @@ def test_loss_of_a_half_precision_transformer_is_float32(script, scheduler, imag
     torch.testing.assert_close(losses, exact, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("kind", SCRIPTS)  # batch_losses differs
 @pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_backward_gets_the_weighted_sum(script, run, pictures, monkeypatch, prior, accumulation):
