@@ -144,7 +144,7 @@ NO_LAYER = "--lora_blocks, --lora_layers: no {}; block 0: ['transformer_blocks.0
         ({"lora_blocks": "0,x"}, NO_LAYER.format("transformer_blocks.x.*")),
         ({"lora_layers": "attn.to_q,attn.to_x"}, NO_LAYER.format("*.attn.to_x")),
         # The last block has none.
-        ({"lora_blocks": "1", "lora_layers": "attn.to_add_out"}, NO_LAYER.format("transformer_blocks.1.*")),
+        ({"lora_blocks": "1", "lora_layers": "attn.to_add_out"}, NO_LAYER.format("*.attn.to_add_out")),
     ],
 )
 def test_lora_refused(refused, flags, message):
