@@ -313,7 +313,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, cpu_offload, utils
 from accelerate.logging import get_logger
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from diffusers import BitsAndBytesConfig, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
@@ -669,7 +669,7 @@ def check_parts(args, parts):
             refuse(f"the {name} cannot be used: its {key} is {number}")
     config = sketch_part(parts, "transformer").config
     limit = config.pos_embed_max_size * config.patch_size * 8
-    for side in (args.resolution, *sum(list_buckets(args), ())):
+    for side in sum(list_buckets(args), (args.resolution,)):
         if side % 16 or not 16 <= side <= limit:
             refuse(f"{side} pixels are no side of a crop: give multiples of 16, at most this transformer's {limit}")
 
@@ -1038,7 +1038,7 @@ def load_adapters(args, source, name, model):
         differ = get_peft_model_state_dict(model, save_embedding_layers=False).keys() ^ state.keys()
         if differ:
             raise ValueError(f"{len(differ)} tensors differ, such as {min(differ)}")
-        set_peft_model_state_dict(model, state)
+        set_peft_model_state_dict(model, state, low_cpu_mem_usage=model.device.type == "meta")
     cast_training_params(model, torch.float32)
 
 
@@ -1404,7 +1404,7 @@ def find_checkpoint(args):
 def compare_runs(accelerator, checkpoint, manifest, now):
     """Stops if the checkpoint's model or optimizer settings differ; names other changed flags, which take effect."""
     then = manifest.get("run", now)
-    fixed = [*MUST_MATCH, "processes"] if is_split(accelerator) else MUST_MATCH
+    fixed = MUST_MATCH + ["processes"] * is_split(accelerator)
     changed = []
     for name in sorted(then.keys() & now.keys() - {"resume_from_checkpoint"}):
         if then[name] != now[name]:
@@ -1816,7 +1816,8 @@ def start_accelerator(args):
             ],
         )
     if accelerator.device.type == "cpu":
-        accelerator.state.device = torch.device("cpu")  # libraries take "cpu:0" of several processes for a GPU
+        PartialState().device = torch.device("cpu")  # libraries take "cpu:0" of several processes for a GPU
+        AcceleratorState()  # takes it over
         if accelerator.mixed_precision == "fp16":
             refuse("--mixed_precision fp16 needs a GPU: on a CPU take bf16 or no")
     if is_split(accelerator):
@@ -2034,13 +2035,11 @@ def log_figures(accelerator, state, figures):
 def log_update(accelerator, optimizer, figures, state):
     """One log point of an update, and the bar's figures."""
     for group in optimizer.param_groups:
-        name = group["name"]
-        figures["lr" if name == "transformer" else f"lr_{name}"] = group["lr"]
+        figures[f"lr_{group['name']}".removesuffix("_transformer")] = group["lr"]
     figures["seconds_per_update"] = time.perf_counter() - state.clock
     figures["memory_gb"] = peak_memory_gb(accelerator.device)
     state.history.append(figures)
-    recent = [past["loss"] for past in state.history[-100:]]
-    figures["loss_average"] = float(np.ma.masked_invalid(recent).mean())
+    figures["loss_average"] = float(np.ma.masked_invalid([past["loss"] for past in state.history[-100:]]).mean())
     log_figures(accelerator, state, figures)
     shown = ("loss", "loss_average", "lr", "seconds_per_update", "memory_gb")
     state.bar.set_postfix({name: figures[name] for name in shown}, refresh=False)
