@@ -58,7 +58,7 @@ def test_full_result_loads(full, run):
     SD3Transformer2DModel.from_pretrained(output, subfolder="transformer")
 
 
-@pytest.mark.parametrize("value", ["1", "-0.1"])
+@pytest.mark.parametrize("value", ["1.1", "-0.1"])
 def test_decay_out_of_range(value, script, argv, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(argv(ema_decay=value))
