@@ -57,7 +57,7 @@ BESIDE = {
     "a second run": ({}, 2, "is in use by another run: give another folder"),
     "one that resumes": ({"resume_from_checkpoint": "latest"}, 2, "is in use by another run"),
     "a dry run": ({"dry_run": True}, 0, ""),
-    "one with a wrong flag": ({"resolution": 33}, 2, "33 pixels are no side of a crop: give multiples of 16"),
+    "one with a wrong flag": ({"resolution": 8}, 2, "argument --resolution: 8 is out of range: give 16..1e9"),
     "one of another base": ({"pretrained_model_name_or_path": "/nowhere"}, 2, "error: "),
 }
 

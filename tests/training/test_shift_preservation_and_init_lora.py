@@ -246,12 +246,20 @@ def test_a_file_that_is_not_there_is_named_in_one_plain_line(lora, argv, capsys,
         assert "offline" not in message
 
 
-@pytest.mark.parametrize("flags", [{"rank": 8}, {"lora_blocks": "0"}, {"lora_layers": "attn.to_q"}], ids=str)
-def test_other_adapters_are_refused_before_anything_is_encoded(lora, argv, other, capsys, flags):
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"rank": 8}, "the shape in current model is torch.Size([16, 8])"),
+        ({"lora_blocks": "0"}, "tensors differ, such as"),
+        ({"lora_layers": "attn.to_q"}, "tensors differ, such as"),
+    ],
+    ids=str,
+)
+def test_other_adapters_are_refused_before_anything_is_encoded(lora, argv, other, capsys, flags, said):
     message = refusal(lora, argv(**{"init_lora": other} | flags), capsys)
     assert "Encoding" not in message
-    assert f"the adapters of the transformer in {str(other)!r} cannot be used by this run (ValueError: " in message
-    assert "differ, such as" in message
+    assert f"the adapters of the transformer in {str(other)!r} cannot be used by this run (" in message
+    assert said in message
 
 
 def test_text_encoders_it_lacks_are_refused_before_anything_is_encoded(lora, argv, other, capsys):
