@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SCRIPTS, in_turn
 from diffusers import AutoencoderKL
+from ranks import MEASURED
 from safetensors.torch import load_file
 
 # Pairwise: each two values of two factors meet in a row.
@@ -122,7 +123,7 @@ def watch(monkeypatch):
             seen.losses.append(result[0].detach())
 
         def keep_point(inputs, result):
-            seen.points.append(dict(inputs["figures"]))
+            seen.points.append({name: value for name, value in inputs["figures"].items() if name not in MEASURED})
 
         def keep_optimizer(inputs, result):
             seen.optimizer = result
