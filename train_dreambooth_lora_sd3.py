@@ -29,7 +29,6 @@ import errno
 import fnmatch
 import functools
 import hashlib
-import importlib
 import io
 import json
 import logging
@@ -234,7 +233,7 @@ def read_kind(kind):
     if "|" in kind:
         return {"choices": kind.split("|"), "type": str.lower}
     kinds = {"text": {"type": utf8}, "texts": {"type": utf8, "nargs": "+"}, "boolean": {"type": boolean}}
-    kinds |= {"required": {"required": True}, "switch": {"action": "store_true"}}
+    kinds |= {"required": {"type": utf8, "required": True}, "switch": {"action": "store_true"}}
     return kinds[kind]
 
 
@@ -651,9 +650,9 @@ def read_pipeline(args):
             if args.no_t5 and name.endswith("_3"):
                 continue
             library, class_name = found.get(name, ("nothing", ""))
-            if library not in ("diffusers", "transformers") or classes.get(name, "") not in class_name:
+            kind = getattr(sys.modules.get(library), class_name, None)
+            if not kind or classes.get(name, "") not in class_name:
                 refuse(f"--pretrained_model_name_or_path {base!r} is not SD3: its {name} is {library} {class_name}")
-            kind = getattr(importlib.import_module(library), class_name)
             model = own if own and name == "transformer" else base
             parts[name] = (kind, model, where | {"subfolder": name}, found[name])
             if args.variant and model == base and hasattr(kind, "parameters"):
@@ -793,7 +792,7 @@ class PromptTable:
                 lengths = [len(tokens) for tokens in tokenizer(prompts, verbose=False).input_ids]
                 cut = sum(length > tokenizer.model_max_length for length in lengths)
                 if cut:
-                    log.warning(f"{name} reads {tokenizer.model_max_length} tokens: {cut} of {len(prompts)} are cut")
+                    log.warning(f"{name} cuts {cut} of {len(prompts)} prompts to {tokenizer.model_max_length} tokens")
 
     def fill(self, parts, accelerator, dtype, targets=()):
         """Encodes each prompt once with each encoder that is not trained, one encoder at a time."""
@@ -954,12 +953,12 @@ def choose_layers(args, transformer):
     for entry in split_names(args.lora_blocks or "*"):
         first, _, last = entry.partition("-")
         with or_refuse(f"--lora_blocks: {entry!r} is neither a number nor a range such as 12-24"):
-            numbers = range(int(first), int(last) + 1) if last else [first]
-        blocks += [f"transformer_blocks.{number}.*" for number in numbers]
+            numbers = range(int(first), int(last) + 1) if last else ()
+        blocks += [f"transformer_blocks.{number}.*" for number in numbers or [entry]]
     layers = [f"*.{layer}" for layer in split_names(args.lora_layers or LORA_LAYERS)]
     inside = sum([fnmatch.filter(linear, block) for block in blocks], [])
     chosen = sum([fnmatch.filter(inside, layer) for layer in layers], [])
-    for pattern in blocks + layers if args.lora_layers else blocks:
+    for pattern in layers + blocks if args.lora_layers else blocks:
         if not fnmatch.filter(chosen, pattern):
             refuse(f"--lora_blocks, --lora_layers: no {pattern}; block 0: {fnmatch.filter(linear, '*blocks.0.*')}")
     return chosen

@@ -31,7 +31,6 @@ import errno
 import fnmatch
 import functools
 import hashlib
-import importlib
 import io
 import json
 import logging
@@ -226,7 +225,7 @@ def read_kind(kind):
     if "|" in kind:
         return {"choices": kind.split("|"), "type": str.lower}
     kinds = {"text": {"type": utf8}, "texts": {"type": utf8, "nargs": "+"}, "boolean": {"type": boolean}}
-    kinds |= {"required": {"required": True}, "switch": {"action": "store_true"}}
+    kinds |= {"required": {"type": utf8, "required": True}, "switch": {"action": "store_true"}}
     return kinds[kind]
 
 
@@ -639,9 +638,9 @@ def read_pipeline(args):
             if args.no_t5 and name.endswith("_3"):
                 continue
             library, class_name = found.get(name, ("nothing", ""))
-            if library not in ("diffusers", "transformers") or classes.get(name, "") not in class_name:
+            kind = getattr(sys.modules.get(library), class_name, None)
+            if not kind or classes.get(name, "") not in class_name:
                 refuse(f"--pretrained_model_name_or_path {base!r} is not SD3: its {name} is {library} {class_name}")
-            kind = getattr(importlib.import_module(library), class_name)
             model = own if own and name == "transformer" else base
             parts[name] = (kind, model, where | {"subfolder": name}, found[name])
             if args.variant and model == base and hasattr(kind, "parameters"):
@@ -781,7 +780,7 @@ class PromptTable:
                 lengths = [len(tokens) for tokens in tokenizer(prompts, verbose=False).input_ids]
                 cut = sum(length > tokenizer.model_max_length for length in lengths)
                 if cut:
-                    log.warning(f"{name} reads {tokenizer.model_max_length} tokens: {cut} of {len(prompts)} are cut")
+                    log.warning(f"{name} cuts {cut} of {len(prompts)} prompts to {tokenizer.model_max_length} tokens")
 
     def fill(self, parts, accelerator, dtype, targets=()):
         """Encodes each prompt once with each encoder that is not trained, one encoder at a time."""

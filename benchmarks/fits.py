@@ -206,9 +206,7 @@ def fake_run(size, px, batch, way, checkpointing):
     script = import_module("train_dreambooth_lora_sd3" if rank else "train_dreambooth_sd3")
     load_part, swapped = script.load_part, getattr(script, "SwappedBlocks", None)
 
-    def sketch_part(args, parts, name, checkpoint=None, torch_dtype=None, **options):
-        if torch_dtype is None:  # full training copies what it does not train
-            return types.SimpleNamespace(save_pretrained=lambda folder: None)
+    def sketch_part(parts, name, checkpoint=None, torch_dtype=None, **options):
         model = sketch(size, name, torch_dtype)
         if changes == "nf4":
             model = replace_with_bnb_linear(model, [], quantization_config=NF4).requires_grad_(False)

@@ -28,7 +28,6 @@ import sys
 import tempfile
 import time
 import traceback
-import types
 from pathlib import Path
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a process that has asked CUDA itself cannot be forked
@@ -219,11 +218,9 @@ def run(kind, size, argv, options):
     script, stages = importlib.import_module(kind), Stages()
     load_part, log_update = script.load_part, script.log_update
 
-    def make_part(args, parts, name, checkpoint=None, torch_dtype=None, device_map=None, **rest):
-        if not hasattr(script.class_of(parts, name), "parameters"):
-            return load_part(args, parts, name)
-        if torch_dtype is None:  # full training copies what it does not train
-            return types.SimpleNamespace(save_pretrained=lambda folder: None)
+    def make_part(parts, name, checkpoint=None, torch_dtype=None, device_map=None, **rest):
+        if not hasattr(parts[name][0], "parameters"):
+            return load_part(parts, name)
         stages.enter(name)
         return make_model(size, name, torch_dtype, device_map[""] if device_map else "cpu")
 

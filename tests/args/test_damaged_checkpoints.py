@@ -1,4 +1,8 @@
-"""A damaged checkpoint is found and named: `latest` falls back to an older one, a named one ends in one line."""
+"""A damaged checkpoint is found and named.
+
+Without a manifest that can be read, `latest` falls back to an older one, and a named one ends in one line. A damaged
+file ends a run in one line when it is loaded.
+"""
 
 import json
 import shutil
@@ -32,14 +36,7 @@ def spoil_manifest(folder):
     return ""
 
 
-def lose_a_fact(folder):
-    manifest = json.loads((folder / "dreambooth.json").read_text())
-    del manifest["run"]["processes"]
-    (folder / "dreambooth.json").write_text(json.dumps(manifest))
-    return "processes"
-
-
-DAMAGES = [(lose_manifest,), (spoil_manifest,), (lose_a_fact,)]
+DAMAGES = [(lose_manifest,), (spoil_manifest,)]
 
 
 @pytest.mark.parametrize(("kind", "damage"), in_turn(DAMAGES))
@@ -70,13 +67,13 @@ def test_another_format_is_refused(script, argv, saved, capsys, wanted):
         script.main(script.parse_args(argv(output_dir=saved, use_ema=True, resume_from_checkpoint=wanted)))
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert (end.value.code, len(lines)) == (2, 1)
-    assert lines[0].endswith(f"{saved / 'checkpoint-3'}: its format is 0, not 1: use the script that wrote it")
+    assert lines[0].endswith(f"{saved / 'checkpoint-3'}: its format is 0, not 2: use the script that wrote it")
 
 
 WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
 
 
-NOISE = [("optimizer.bin",), ("scheduler.bin",), ("ema.safetensors",), ("WEIGHTS",)]
+NOISE = [("optimizer.bin",), ("scheduler.bin",), ("ema.bin",), ("WEIGHTS",)]
 
 
 @pytest.mark.parametrize(("kind", "name"), [*in_turn(NOISE), ("full", "WEIGHTS")])
@@ -90,4 +87,4 @@ def test_noise_of_the_right_size_ends_in_one_line(script, kind, argv, saved, cap
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert (end.value.code, len(lines)) == (2, 1)
     assert str(folder) in lines[0]
-    assert " cannot be loaded" in lines[0] or "the adapters in " in lines[0]
+    assert " cannot be loaded" in lines[0] or "the adapters of the transformer in " in lines[0]

@@ -3,16 +3,15 @@
 A damaged part of the base model is named with the cause, wherever in a run it is loaded.
 """
 
-import io
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 from accelerate import Accelerator
 from conftest import in_turn, load_script
 from datasets import Dataset, DatasetDict, NamedSplit
@@ -131,8 +130,8 @@ def test_a_damaged_part_of_the_model_is_named(refusal, model, damage, part):
     line = refusal(pretrained_model_name_or_path=model, max_train_steps=1, dry_run=part.startswith("tokenizer"))
     start, _, rest = line.partition(repr(str(model)))
     if start.startswith("--pretrained"):  # by the index alone
-        start, _, rest = rest.removeprefix(" is not an SD3 pipeline: its ").partition(" is ")
-    assert start.removesuffix(" is").split(" ")[0] == part
+        start, _, rest = rest.removeprefix(" is not SD3: its ").partition(" is ")
+    assert start.split(" ")[0] == part
     assert cause in rest
 
 
@@ -140,7 +139,6 @@ def test_a_damaged_part_of_the_model_is_named(refusal, model, damage, part):
     ("kind", "name", "changes", "cause"),
     in_turn(
         [
-            ("vae/config.json", {"shift_factor": None}, "its shift_factor is None"),
             ("vae/config.json", {"scaling_factor": None}, "its scaling_factor is None"),
             ("vae/config.json", {"scaling_factor": 0}, "its scaling_factor is 0"),
             ("scheduler/scheduler_config.json", {"shift": -3}, "its shift is -3"),
@@ -150,7 +148,7 @@ def test_a_damaged_part_of_the_model_is_named(refusal, model, damage, part):
 def test_a_config_with_which_nothing_is_learned(refused, model, name, changes, cause):
     change_json(model / name, **changes)
     line = refused(pretrained_model_name_or_path=model, dry_run=True)
-    assert line.startswith(f"{Path(name).parent} of {str(model)!r} cannot be used (") and cause in line
+    assert line == f"the {Path(name).parent} cannot be used: {cause}"
 
 
 @pytest.mark.parametrize(("kind", "part"), in_turn([("text_encoder",), ("transformer",)]))
@@ -161,7 +159,8 @@ def test_a_variant_that_is_not_there_is_named(refusal, model, part):
         if other != part:
             path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
     line = refusal(pretrained_model_name_or_path=model, variant="fp16")
-    assert line.startswith(f"{part} of {str(model)!r} cannot be loaded in the variant 'fp16' (")
+    assert line.startswith(f"{part} of {str(model)!r} cannot be loaded from {{'revision': None, ")
+    assert f"'subfolder': {part!r}, 'variant': 'fp16'}} (" in line
 
 
 @pytest.mark.parametrize(("kind", "text"), in_turn([(None,), ("{",), ("[1]",), ('{"_class_name": "FluxPipeline"}',)]))
@@ -252,7 +251,10 @@ def test_images_are_not_read_where_images_are_written(refused, tmp_path, flag, s
     (tmp_path / "link").symlink_to(tmp_path / "out")
     flags = {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": tmp_path / "class"}
     folder = spelling.format(tmp_path / "out")
-    assert refused(**flags | {flag: folder}).startswith(f"--{flag} is --output_dir")
+    line = refused(**flags | {flag: folder})
+    names, _, message = line.partition(": ")
+    assert f"--{flag}" in names.split(", ")
+    assert message == f"--output_dir {str(tmp_path / 'out')!r} is one of them: give another"
 
 
 @pytest.mark.parametrize(
@@ -308,8 +310,6 @@ def dataset(pictures, tmp_path):
             rows[1]["image"] = "https://example.com/dog.png"
         elif kind == "empty row":
             rows[1]["image"] = None
-        elif kind == "arrays":
-            rows = [{"image": [[[0, 0, 300]]], "text": "a dog"}]
         elif kind == "absolute":
             rows = [{"file_name": image} for image in images]
         text = "\n".join(map(json.dumps, rows))
@@ -340,17 +340,17 @@ UNREADABLE = "--dataset_name '{}' cannot be read: give a Hub id or a folder with
         [
             ("broken", {}, [UNREADABLE]),
             ("lines", {"dataset_split": "test"}, [UNREADABLE, "test", "train"]),
-            ("saved", {"dataset_split": "test"}, [UNREADABLE, "rows/test"]),
+            ("saved", {"dataset_split": "test"}, [UNREADABLE, "test", "train"]),
+            ("alone", {}, [UNREADABLE, "saved using `save_to_disk`"]),
             ("unsupported", {}, [UNREADABLE]),
             ("lines", {"cache_dir": "/proc/cache"}, [UNREADABLE, "datasets writes to --cache_dir", "/proc/cache"]),
             (
                 "urls",
                 {},
-                ["--dataset_name: 1 of 2 images are broken: the image 'https://example.com/dog.png' cannot be"],
+                ["--dataset_name: 1 of 2 images are broken: the image https://example.com/dog.png cannot be"],
             ),
             ("empty row", {}, ["--dataset_name: 1 of 2 images are broken: the image of row 1 cannot be read ("]),
             ("archive", {}, [UNREADABLE, "Couldn't find any data file at {}"]),
-            ("arrays", {}, [UNREADABLE, "it has arrays for images: cast them to datasets.Image"]),
             ("brackets", {}, [UNREADABLE, "doesn't contain any data files"]),
             ("absolute", {}, [UNREADABLE, "must be a relative path"]),
             ("no rows", {}, [UNREADABLE]),
@@ -364,22 +364,16 @@ def test_a_dataset_that_cannot_be_used(refused, dataset, form, flags, words):
         assert word.format(flags["dataset_name"]) in line
 
 
-@pytest.mark.parametrize(("kind", "split"), in_turn([("slice",), ("train",)]))
-def test_a_dataset_that_was_saved_alone_is_its_own_split_and_train(script, run, dataset, capsys, split):
-    flags = dataset("alone") | {"dataset_split": split, "num_train_epochs": 1, "max_train_steps": None}
-    run(script, **flags, dry_run=True)
-    assert "updates: 2, which is 1.0 epochs of 2\n" in capsys.readouterr().out
-
-
 # Trackers.
 
 
-def test_a_tracker_that_does_not_start_ends_the_run_before_it_encodes(refused, monkeypatch):
+def test_a_tracker_that_does_not_start_ends_the_run_before_it_encodes(script, refusal, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no login")
 
     monkeypatch.setattr(Accelerator, "init_trackers", fail)
-    line = refused(report_to="tensorboard")
+    monkeypatch.setattr(script.PromptTable, "fill", None)
+    line = refusal(report_to="tensorboard")
     assert line.startswith("--report_to tensorboard: could not start a tracker") and "no login" in line
 
 
@@ -401,7 +395,6 @@ def test_trackers_with_spaces_and_a_trailing_comma(script, argv, text):
 # What makes no sense is said.
 
 
-WARM_UP = "--lr_warmup_steps {}: the run ends in the warm-up, after 2 updates"
 PLAIN = "has no metadata file: split and columns of a dataset have no effect"
 
 
@@ -409,16 +402,12 @@ PLAIN = "has no metadata file: split and columns of a dataset have no effect"
     ("kind", "flags", "said"),
     in_turn(
         [
-            ({"lr_scheduler": "linear", "lr_warmup_steps": 3}, WARM_UP.format(3)),
-            ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500}, WARM_UP.format(500)),
-            ({"lr_scheduler": "linear", "lr_warmup_steps": 2}, None),
-            ({"lr_scheduler": "constant", "lr_warmup_steps": 500}, None),
             ({"caption_column": "text"}, PLAIN),
             ({"image_column": "picture"}, PLAIN),
             ({"dataset_split": "test"}, PLAIN),
             (
                 {"alpha_mask": True},
-                "--alpha_mask: no image is transparent in part; one that is as a whole teaches nothing",
+                "--alpha_mask: no image is transparent in part; wholly transparent ones teach nothing",
             ),
             ({"cache_dir": "cache"}, None),
         ]
@@ -431,21 +420,16 @@ def test_what_has_no_effect_is_said(script, run, caplog, flags, said):
     assert said is None or warnings[0].endswith(said)
 
 
-def test_a_dry_run_speaks_to_an_ascii_terminal(script, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    run(script, output_dir=tmp_path / "h\u00fctte", dry_run=True)
-    sys.stdout.seek(0)
-    assert "drawn:   dry_run.png" in sys.stdout.read()
-
-
-def test_of_many_long_prompts_ten_are_named_and_all_counted(script, run, pictures, tmp_path, caplog):
+def test_prompts_that_are_too_long_are_counted_for_each_encoder(script, run, pictures, tmp_path, caplog):
     shutil.copytree(pictures(12), tmp_path / "data")
-    for path in list((tmp_path / "data").iterdir()):
-        path.with_suffix(".txt").write_text(f"{path.stem} " * 100)
+    for number, path in enumerate(list((tmp_path / "data").iterdir())):
+        path.with_suffix(".txt").write_text(f"{path.stem} " * (1 if number < 3 else 200))
     caplog.set_level(logging.INFO)
-    run(script, instance_data_dir=tmp_path / "data", dry_run=True)
-    assert sum("is too long" in line for line in caplog.messages) == 10
-    assert any(line.endswith("12 different prompts, 12 of them cut") for line in caplog.messages)
+    run(script, instance_data_dir=tmp_path / "data", max_sequence_length=512, dry_run=True)
+    said = [line for line in caplog.messages if " cuts " in line]
+    lengths = {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 512}
+    expected = [f"{name} cuts 9 of 12 prompts to {length} tokens" for name, length in lengths.items()]
+    assert [line.removeprefix("[RANK 0] ") for line in said] == expected
 
 
 HUGE = {"repeats": 10**9, "num_class_images": 10**6, "train_batch_size": 10**6, "dataloader_num_workers": 10**5}
@@ -463,4 +447,9 @@ def test_numbers_without_sense(script, refused, monkeypatch, name):
     [("12-24", range(12, 25)), ("0,3", [0, 3]), ("0, 3-5 ,7,", [0, 3, 4, 5, 7]), ("4", [4]), (None, range(38))],
 )
 def test_blocks_are_numbers_and_ranges(text, blocks):
-    assert load_script("lora").choose_blocks(SimpleNamespace(lora_blocks=text), 38) == list(blocks)
+    transformer = torch.nn.Module()
+    layers = ({"attn": torch.nn.ModuleDict({"to_q": torch.nn.Linear(1, 1)})} for _ in range(38))
+    transformer.transformer_blocks = torch.nn.ModuleList(map(torch.nn.ModuleDict, layers))
+    args = SimpleNamespace(lora_blocks=text, lora_layers="attn.to_q")
+    chosen = load_script("lora").choose_layers(args, transformer)
+    assert chosen == [f"transformer_blocks.{block}.attn.to_q" for block in blocks]

@@ -51,14 +51,6 @@ def test_other_files_named_metadata_leave_a_folder_what_it_is(lora, argv, tmp_pa
     assert (len(images), captions) == (2, [None, None])
 
 
-def test_long_values_and_defaults_in_the_card(lora, argv):
-    """A value may be longer than a file's name; what was not given does not stand there."""
-    prompt = "a dog " * 1000
-    text = lora.describe_flags(lora.parse_args(argv(instance_prompt=prompt)))
-    assert prompt in text
-    assert "--optimizer" not in text
-
-
 def test_class_images_that_need_too_much_memory(lora, argv, monkeypatch, capsys, tmp_path):
     def draw_images(*inputs, **options):
         raise MemoryError("out of memory")

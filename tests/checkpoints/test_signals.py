@@ -14,6 +14,8 @@ from conftest import SCRIPTS, in_child, isolated
 from diffusers import FlowMatchEulerDiscreteScheduler
 from ranks import read_files, tell, watch_updates
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 NUMBERS = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 138}
 WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
 

@@ -6,6 +6,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 pytestmark = pytest.mark.usefixtures("few_steps")
 PROMPT, LENGTH, SIZE = "a photo of a dog", 154, 48
 
@@ -37,10 +39,10 @@ def drawn(monkeypatch):
             batches.append(len(inputs[-1]))
             return draw_images(*inputs)
 
-        def keep(args, parts, name, *checkpoint, **options):
+        def keep(parts, name, *checkpoint, **options):
             if "torch_dtype" in options:  # a model
                 dtypes.append((name, options["torch_dtype"]))
-            return load_part(args, parts, name, *checkpoint, **options)
+            return load_part(parts, name, *checkpoint, **options)
 
         monkeypatch.setattr(script, "draw_images", count)
         monkeypatch.setattr(script, "load_part", keep)

@@ -78,8 +78,8 @@ def losses(script, run, monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("case", CASES)
-def test_losses_are_those_of_the_cpu(script_path, losses, tmp_path, case):
-    if absent := [flag for flag in needs(case) if f'"--{flag}"' not in script_path.read_text()]:
+def test_losses_are_those_of_the_cpu(script, losses, tmp_path, case):
+    if absent := [flag for flag in needs(case) if f"--{flag} " not in script.METHOD_FLAGS]:
         pytest.skip(f"the script has no --{absent[0]}")
     flags = dict(CASES[case])
     within = flags.pop("within", 1e-2)

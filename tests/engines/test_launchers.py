@@ -20,19 +20,19 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train_dreambooth_lora_sd3 as script
 
-complete = script.complete_checkpoint
+write = script.write_manifest
 log_update = script.log_update
 
 def save_slowly(*inputs):
     time.sleep(6)
-    complete(*inputs)
+    write(*inputs)
 
 def say(*inputs):
     log_update(*inputs)
     print("UPDATED", flush=True)
     time.sleep(0.2)
 
-script.complete_checkpoint = save_slowly
+script.write_manifest = save_slowly
 script.log_update = say
 script.main(script.parse_args(sys.argv[1:]))
 """

@@ -14,6 +14,7 @@ import processes
 import pytest
 import ranks
 from conftest import load_script
+from diffusers import SD3Transformer2DModel
 
 pytestmark = pytest.mark.slow
 DRAWING = {"validation_prompt": "a dog", "num_validation_images": 2, "validation_epochs": 1}
@@ -81,8 +82,8 @@ def spoil_drawing(monkeypatch, script):
 def test_drawing_along_the_way_costs_the_images_alone(run_two, tmp_path):
     codes, said = run_two(spoil_drawing, **DRAWING, skip_final_inference=True)
     assert codes == [0, 0]
-    assert errors(said[1]) == ["ERROR: [RANK 1] validation at update 1 failed (OSError: no luck)"] + [
-        "ERROR: [RANK 1] validation at update 2 failed (OSError: no luck)"
+    assert errors(said[1]) == ["ERROR: [RANK 1] validation after update 1 failed (OSError: no luck)"] + [
+        "ERROR: [RANK 1] validation after update 2 failed (OSError: no luck)"
     ]
     assert (tmp_path / "out/pytorch_lora_weights.safetensors").is_file()
 
@@ -90,8 +91,8 @@ def test_drawing_along_the_way_costs_the_images_alone(run_two, tmp_path):
 def test_the_final_drawing_is_said_to_have_failed(run_two, tmp_path):
     codes, said = run_two(spoil_drawing, **DRAWING, max_train_steps=1)
     assert codes == [1, 1]
-    assert errors(said[1]) == ["ERROR: [RANK 1] drawing the final images failed (OSError: no luck)"]
-    end = f"what was trained is saved in {tmp_path / 'out'}, but drawing the final images failed"
+    assert errors(said[1]) == ["ERROR: [RANK 1] validation after update 1 failed (OSError: no luck)"]
+    end = f"what was trained is saved in {tmp_path / 'out'}, but validation after update 1 failed"
     assert errors(said[0]) == [end]
 
 
@@ -100,12 +101,11 @@ def test_under_fsdp2_images_that_are_not_finite_cost_the_images_alone(run_two):
     spoil = lambda patch, script: patch.setattr(script, "draw_images", not_finite(script.draw_images))  # noqa: E731
     codes, said = run_two(spoil, environment=FSDP2, **DRAWING, skip_final_inference=True, max_train_steps=2)
     assert codes == [0, 0]
-    assert errors(said[1]) == ["ERROR: [RANK 1] validation at update 1 failed (ValueError: no luck)"]
+    assert errors(said[1]) == ["ERROR: [RANK 1] validation after update 1 failed (ValueError: no luck)"]
 
 
 def spoil_pass(monkeypatch, script):
-    model = script.SD3Transformer2DModel
-    monkeypatch.setattr(model, "forward", late(model.forward, 4))
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", late(SD3Transformer2DModel.forward, 4))
 
 
 def spoil_disk(monkeypatch, script):
@@ -113,7 +113,9 @@ def spoil_disk(monkeypatch, script):
 
 
 def spoil_checkpoint(monkeypatch, script):
-    monkeypatch.setattr(script, "complete_checkpoint", fail)
+    """The manifest of the checkpoint alone: what the result needs is written."""
+    write = script.write_manifest
+    monkeypatch.setattr(script, "write_manifest", lambda *given: fail() if given[1].step < 3 else write(*given))
 
 
 def spoil_data(monkeypatch, script):

@@ -208,7 +208,7 @@ def test_what_cuda_refuses_and_takes(device, tmp_path, case):
     assert words in error and bool(words) == bool(error)
 
 
-@pytest.mark.parametrize("line", ["ids.to(self.accelerator.device)", "shifted.sigmas.to(accelerator.device)"])
+@pytest.mark.parametrize("line", ["input_ids.to(self.device)", "shifted.sigmas.to(accelerator.device)"])
 def test_a_mistake_of_a_script_is_found(device, script_path, argv, tmp_path, line):
     """A tensor that stays on the CPU ends the run, in CUDA's words."""
     text = script_path.read_text()

@@ -12,6 +12,8 @@ from PIL import Image
 from ranks import read_files, watch_updates
 from test_maths import batch_of, images, stand_in  # noqa: F401  images is a fixture
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 PROMPTS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a dog"}
 PRIOR = {"with_prior_preservation": True, "num_class_images": 2, **PROMPTS}
 

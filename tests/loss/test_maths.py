@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import SCRIPTS
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+IN_TURN = True  # one script for each test, see conftest.py
 
 PROMPTS = ["a photo of sks dog", "", "the yarn dog in a bucket, " * 30]
 SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
@@ -46,17 +49,18 @@ def test_prompt_table_equals_the_pipeline(script, checkpoints, argv, t5, trained
     args = script.parse_args(argv(pretrained_model_name_or_path=checkpoint, max_sequence_length=length))
     parts = script.read_pipeline(args)
     names = [name for name in script.TEXT_ENCODERS if name in parts] if trained == "all" else trained
-    table = script.PromptTable(args, parts, Accelerator(cpu=True), torch.float32, names)
-    table.fill(parts, PROMPTS)
+    accelerator = Accelerator(cpu=True)
+    table = script.PromptTable(args, parts, accelerator, PROMPTS)
+    table.fill(parts, accelerator, torch.float32, names)
     table.trained = {name: getattr(pipeline, name) for name in names}
     with torch.no_grad():
         ours, ours_pooled = table(batch)
     torch.testing.assert_close(ours, embeds, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours_pooled, pooled, rtol=1e-5, atol=1e-5)
     frozen = [name for name in script.TEXT_ENCODERS if name in parts and name not in names]
-    assert list(table.tables) == frozen
-    for encoded in table.tables.values():
-        assert len(list(encoded.folder.iterdir())) == len(PROMPTS), "each prompt once"
+    assert list(table.frozen) == frozen
+    for encoded in table.frozen.values():
+        assert list(encoded) == PROMPTS, "each prompt once"
 
 
 # Loss: the formulas of the SD3 paper (arXiv 2403.03206, sections 2 and 3.1) in float64, an image at a time.
@@ -90,7 +94,7 @@ def paper_loss(scheme, precondition, image):
     return paper_weight(scheme, sigma) * np.mean(error**2)
 
 
-def stand_in(hidden_states, timestep, encoder_hidden_states, pooled_projections, return_dict):
+def stand_in(hidden_states, encoder_hidden_states, pooled_projections, timestep, return_dict):
     """A transformer that depends on all its inputs and can be written down twice."""
     time, text = timestep.view(-1, 1, 1, 1) / 500, encoder_hidden_states.mean(dim=(1, 2)).view(-1, 1, 1, 1)
     return (torch.tanh(0.7 * hidden_states + time + text) + pooled_projections.mean(dim=1).view(-1, 1, 1, 1),)
@@ -137,8 +141,8 @@ def test_loss_equals_the_paper(script, scheduler, images, scheme, precondition, 
 def test_loss_of_a_half_precision_transformer_is_float32(script, scheduler, images):
     args = SimpleNamespace(weighting_scheme="sigma_sqrt", precondition_outputs=0)
 
-    def half(**inputs):
-        return (stand_in(**inputs)[0].half(),)
+    def half(*inputs, **options):
+        return (stand_in(*inputs, **options)[0].half(),)
 
     inputs = batch_of(images)
     losses, _ = script.flow_losses(args, half, scheduler, *inputs)
@@ -148,6 +152,7 @@ def test_loss_of_a_half_precision_transformer_is_float32(script, scheduler, imag
     torch.testing.assert_close(losses, exact, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("kind", SCRIPTS)  # batch_losses differs
 @pytest.mark.parametrize("prior", [False, True], ids=["alone", "prior"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_backward_gets_the_weighted_sum(script, run, pictures, monkeypatch, prior, accumulation):
@@ -269,11 +274,11 @@ def test_seeds_differ_by_kind_epoch_index_and_copy(script, pictures, argv, monke
     dataset, again = datasets
     places = list(itertools.product(range(3), range(len(dataset)), range(3)))
     examples = [example for place in places for example in dataset[place]]
-    assert len({example["seed"] for example in examples}) == 2 * len(places)
-    for one, other in zip(dataset[1, 2, 0], again[1, 2, 0], strict=True):
-        assert one["seed"] == other["seed"] and torch.equal(one["data"], other["data"])
+    assert len({seed for _, _, seed in examples}) == 2 * len(places)
+    for (data, _, seed), (same, _, again_seed) in zip(dataset[1, 2, 0], again[1, 2, 0], strict=True):
+        assert seed == again_seed and torch.equal(data, same)
     for other in (dataset[2, 2, 0], dataset[1, 2, 1]):
-        assert not torch.equal(dataset[1, 2, 0][0]["data"], other[0]["data"])
+        assert not torch.equal(dataset[1, 2, 0][0][0], other[0][0])
 
 
 # Learning rate.

@@ -18,7 +18,7 @@ def train(script, run, **flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora"])  # tests/engines/test_table.py has both
+@pytest.mark.parametrize("kind", ["lora"])  # of the other in tests/engines/test_table.py
 def test_blocks_are_compiled_once_a_shape(script, run, tmp_path, monkeypatch):
     """As `accelerate launch --dynamo_backend eager --dynamo_use_regional_compilation` sets it, with two shapes."""
     for number, size in enumerate([(64, 64), (64, 64), (96, 32)]):

@@ -7,7 +7,6 @@ import os
 import pickle
 import signal
 import stat
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import SCRIPTS, SIGNALS, isolated
 from ranks import read_files, watch_updates
+
+IN_TURN = True  # one script for each test, see conftest.py
 
 WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
 
@@ -163,18 +164,6 @@ def test_files_have_the_mode_that_the_umask_gives(script, run):
     assert {name: oct(mode) for name, mode in modes.items() if mode & 0o137 or not mode & 0o040} == {}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full"])  # test_signals.py stops such a run of the other
-def test_a_run_with_loader_processes_ends_without_a_word_too_many(kind, argv, tmp_path):
-    flags = argv(dataloader_num_workers=2, max_train_steps=3, checkpointing_steps=2)
-    command = [sys.executable, str(SCRIPTS[kind]), *flags]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stderr.splitlines()
-    assert [line for line in lines if "Exception ignored" in line or "FutureWarning" in line] == []
-
-
 # Names that accelerate knows, or knew, of which a checkpoint of ours has none: they are not read.
 PLANTED = (
     "random_states_0.pkl",
@@ -201,6 +190,7 @@ def list_checkpoint(kind, use_ema):
     return names + (["transformer/config.json"] if kind == "full" else []) + (["ema.bin"] if use_ema else [])
 
 
+@pytest.mark.parametrize("kind", SCRIPTS)  # their files differ
 @pytest.mark.parametrize("use_ema", [False, True], ids=["plain", "ema"])
 def test_a_checkpoint_runs_no_code(script, kind, argv, run, capsys, tmp_path, use_ema):
     """A pickle in the place of each of its files is refused or not read."""

@@ -8,18 +8,19 @@ import pytest
 import torch
 from test_trackers import read_tensorboard
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 LEVELS = [f"validation_loss_{level}" for level in range(1, 9)]
 
 
 def test_the_average_is_that_of_the_last_100_finite_losses(script, monkeypatch):
     rows, shown = [], {}
     monkeypatch.setattr(script, "peak_memory_gb", lambda device: 1.0)
-    state = script.Progress({}, [], 0, 250)
+    state = script.Progress({}, {}, 0, 250)
     state.bar = SimpleNamespace(
         update=lambda: None, set_postfix=lambda *figures, **more: shown.update(*figures, **more)
     )
-    tracker = SimpleNamespace(name="one", log=lambda figures, step: rows.append(figures))
-    accelerator = SimpleNamespace(device=None, trackers=[tracker])
+    accelerator = SimpleNamespace(device=None, log=lambda figures, step: rows.append(figures))
     optimizer = SimpleNamespace(param_groups=[{"name": "transformer", "lr": 0.1}])
     losses = [float(number) for number in range(250)]
     losses[7], losses[200] = math.nan, math.inf
@@ -28,7 +29,7 @@ def test_the_average_is_that_of_the_last_100_finite_losses(script, monkeypatch):
     for number, row in enumerate(rows):
         last = [loss for loss in losses[max(number - 99, 0) : number + 1] if math.isfinite(loss)]
         assert row["loss_average"] == pytest.approx(sum(last) / len(last))
-    assert shown["average"] == rows[-1]["loss_average"]
+    assert shown["loss_average"] == rows[-1]["loss_average"]
     assert shown["loss"] == 249
 
 
@@ -50,12 +51,12 @@ def test_each_noise_level_is_logged_beside_the_mean(script, run, pictures, monke
     assert history[2]["validation_loss"] == pytest.approx(sum(found) / 8)
 
 
-def test_the_card_and_the_last_line_say_what_the_run_took(script, run, pictures, monkeypatch, caplog):
+def test_the_card_and_the_last_line_say_what_the_run_took(script, run, checkpoints, pictures, monkeypatch, caplog):
     monkeypatch.setattr(script, "peak_memory_gb", lambda device: 12.34)
     output = run(script, max_train_steps=2, validation_data_dir=pictures())
     card = (output / "README.md").read_text()
-    (cost,) = [record.getMessage() for record in caplog.records if "held-out loss" in record.getMessage()]
-    cost = cost.removeprefix("[RANK 0] ")
+    (last,) = [record.getMessage() for record in caplog.records if "held-out loss" in record.getMessage()]
+    cost = last.removeprefix(f"[RANK 0] The result is in {output}: ")
     assert re.fullmatch(r"2 updates in \d+ s \(\d+\.\d\d s each\), at most 12\.3 GB; held-out loss \d\.\d{4}", cost)
-    assert f"trained for 2 updates. Their subject is called `a photo of sks dog`. {cost}." in card
+    assert f"DreamBooth weights for {checkpoints().name}: {cost}." in card
     assert "held-out" not in (run(script, output_dir=output / "plain") / "README.md").read_text()

@@ -12,6 +12,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trackers import wandb_records
 
+IN_TURN = True  # one script for each test, see conftest.py
+
 PROMPT, SIZE, LENGTH, IMAGES = "a photo of sks dog in a bucket", 48, 154, 2
 PROJECTS = {"full": "dreambooth-sd3", "lora": "dreambooth-sd3-lora"}
 ENCODERS = {"full": ("text_encoder", "text_encoder_2", "text_encoder_3"), "lora": ("text_encoder", "text_encoder_2")}
@@ -38,9 +40,9 @@ def events(monkeypatch):
         load_part, load_trained, save_weights = script.load_part, script.load_trained, script.save_weights
         draw_images, flow_losses = script.draw_images, script.flow_losses
 
-        def load(args, parts, name, *checkpoint, **kwargs):
+        def load(parts, name, *checkpoint, **kwargs):
             found.append(("load", name))
-            return load_part(args, parts, name, *checkpoint, **kwargs)
+            return load_part(parts, name, *checkpoint, **kwargs)
 
         def train(*inputs):
             trained.update(load_trained(*inputs))
@@ -179,7 +181,7 @@ def test_bars(script, run, capfd, pictures, tmp_path):
     flags = {"max_train_steps": 3, "cache_latents": True, "num_class_images": 1, "instance_data_dir": pictures(5)}
     run(script, **prior, **flags, gradient_accumulation_steps=2)
     written = capfd.readouterr().err
-    for name in ("Encoding with text_encoder_3", "Caching latents", "Drawing class images", "Training"):
+    for name in ("Encoding text with text_encoder_3", "Encoding images", "Drawing class images", "Training"):
         assert f"{name}: 100%" in written, name
     last = written.split("Training: 100%")[-1].split("\r")[0]
     assert "3/3" in last and "it/s" in last and "loss=" in last and "lr=" in last
