@@ -166,7 +166,7 @@ def targets(lora, argv, **flags):
     ("layers", "blocks", "found"),
     [
         ("attn.to_q", None, ["0.attn.to_q", "1.attn.to_q", "2.attn.to_q"]),
-        ("attn.to_q,", "[12]", ["1.attn.to_q", "2.attn.to_q"]),
+        ("attn.to_q,", "1-2", ["1.attn.to_q", "2.attn.to_q"]),
         ("to_q", "0", ["0.attn.to_q", "0.attn2.to_q"]),
         ("attn2.*", None, ["0.attn2.to_q", "0.attn2.to_k", "0.attn2.to_v", "0.attn2.to_out.0"]),
         ("ff.*", "1", ["1.ff.net.0.proj", "1.ff.net.2"]),
@@ -192,7 +192,7 @@ def test_all_linear_is_every_linear_layer_of_the_blocks(lora, argv, checkpoints)
         ({"lora_layers": "attn.to_x"}, "*.attn.to_x"),
         ({"lora_layers": "attn.to_q,attn2.*"}, "*.attn2.*"),  # SD3 has no second attention
         ({"lora_blocks": "2"}, "transformer_blocks.2.*"),
-        ({"lora_blocks": "0-1"}, "transformer_blocks.0-1.*"),
+        ({"lora_blocks": "1-2"}, "transformer_blocks.2.*"),
         ({"lora_layers": "attn.to_add_out", "lora_blocks": "0,1"}, "transformer_blocks.1.*"),
     ],
 )
@@ -202,7 +202,7 @@ def test_what_matches_nothing_is_refused(flags, name, lora, argv, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count("\n") == 1
-    assert f"--lora_blocks, --lora_layers: no layer is named {name}; give all-linear, or parts of [" in error
+    assert f"--lora_blocks, --lora_layers: no {name}; block 0: [" in error
     assert all(f"'transformer_blocks.0.{layer}'" in error for layer in ("attn.to_q", "ff.net.2")), error
 
 

@@ -28,7 +28,8 @@ def write(script, argv, tmp_path):
             PartialState(cpu=True)  # for what is logged
             args = script.parse_args(argv(output_dir=out, **flags))
             parts = script.read_pipeline(args)
-            state = script.Progress({}, {}, 9, 9, history=[{"seconds_per_update": 2.0, "memory_gb": 3.0}] * 7)
+            history = [{"seconds_per_update": 2.0, "memory_gb": 3.0}] * 7  # of a run that resumed after two
+            state = script.Progress({}, {}, 9, 9, True, history=history)
             script.write_card(args, parts, "user/dog", state, [out / name for name in images])
         return out / "README.md"
 
@@ -47,7 +48,7 @@ def test_base_model(script, kind, write, monkeypatch, model):
     assert ("lora" in header["tags"]) == (kind == "lora")
     assert header["library_name"] == "diffusers"
     assert header["instance_prompt"] == "a photo of sks dog"
-    assert f"DreamBooth weights for {model}: 7 updates in 14 s (2.00 s each), at most 3.0 GB." in text
+    assert f"DreamBooth weights for {model}, trained for 9 updates: 7 updates in 14 s (2.00 s each), at most" in text
     assert f"[licence]({script.LICENCE})" in text
     assert "widget" not in header
     assert "<Gallery />" not in text
@@ -131,9 +132,9 @@ def test_program_runs_as_printed(script, run, few_steps, checkpoints, tmp_path, 
 
 def test_the_token_is_in_nothing_that_is_kept(script, argv):
     """What goes into checkpoints and trackers comes from describe_run."""
-    token, dataset = "hf_SecretOfTheTest", SimpleNamespace(digest=1)
+    token = "hf_SecretOfTheTest"
     args = script.parse_args(argv(hub_token=token, push_to_hub=True, report_to="tensorboard"))
-    kept = script.describe_run(args, SimpleNamespace(num_processes=1), dataset)
+    kept = script.describe_run(args, SimpleNamespace(num_processes=1))
     assert token not in repr(kept)
     assert vars(args).keys() - kept.keys() == {"hub_token"}
 

@@ -245,7 +245,7 @@ def test_latest_makes_what_a_finished_run_lacks_and_no_more(
     assert updates == []
     assert set(encoded) == {"", "a dog", "an animal"}
     assert (out / WEIGHTS[kind]).stat().st_mtime_ns == written
-    assert "no update was left to make" in (out / "README.md").read_text()
+    assert "trained for 2 updates: no update was left to make" in (out / "README.md").read_text()
     monkeypatch.undo()
     whole = run(script, **DRAWN | flags, output_dir=tmp_path / "whole")
     for name in ("image_0.png", "image_1.png"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SCRIPTS, in_turn
 from diffusers import AutoencoderKL
+from ranks import MEASURED
 from safetensors.torch import load_file
 
 # Pairwise: each two values of two factors meet in a row.
@@ -122,7 +123,7 @@ def watch(monkeypatch):
             seen.losses.append(result[0].detach())
 
         def keep_point(inputs, result):
-            seen.points.append(dict(inputs["figures"]))
+            seen.points.append({name: value for name, value in inputs["figures"].items() if name not in MEASURED})
 
         def keep_optimizer(inputs, result):
             seen.optimizer = result
@@ -279,7 +280,7 @@ def test_an_image_meets_its_own_caption(script, run, settings, monkeypatch, pict
         pixels = script.crop_image(image, (32, 32), torch.Generator(), True, False)
         data = script.encode_moments(vae, pixels[None])[0] if cached else pixels
         expected.setdefault(" ".join(caption.split()) or "a photo of sks dog", []).append(data)
-    met = [(prompt, data) for batch in batches for prompt, data in zip(batch["prompts"], batch["data"], strict=True)]
+    met = [(prompt, one) for data, prompts, _ in batches for prompt, one in zip(prompts, data, strict=True)]
     assert len(met) == 12, "a batch is full"
     for prompt, data in met:
         assert any(torch.allclose(data, one, atol=1e-5) for one in expected[prompt]), prompt

@@ -16,13 +16,18 @@ def test_average_of_the_updates(script, kind, run, monkeypatch, tmp_path):
     """The result is the average, and training itself goes on as if there was none."""
     plain = run(script, max_train_steps=3, checkpointing_steps=1, learning_rate=0.01, output_dir=tmp_path / "plain")
     steps = [load_file(plain / f"checkpoint-{n}" / WEIGHTS[kind]) for n in (1, 2, 3)]
-    seen, validate = [], script.validate
+    seen, evaluation, make_in_turn = [], script.evaluation, script.make_in_turn
 
-    def look(args, accelerator, trained, *rest):
-        seen.append({name: p.detach().clone() for name, p in trained.models["transformer"].named_parameters()})
-        return validate(args, accelerator, trained, *rest)
+    def enter(trained):
+        look.model = trained.models["transformer"]
+        return evaluation(trained)
 
-    monkeypatch.setattr(script, "validate", look)
+    def look(*inputs):
+        seen.append({name: p.detach().clone() for name, p in look.model.named_parameters()})
+        return make_in_turn(*inputs)
+
+    monkeypatch.setattr(script, "evaluation", enter)
+    monkeypatch.setattr(script, "make_in_turn", look)
     output = run(script, max_train_steps=3, checkpointing_steps=1, validation_epochs=1, repeats=1, **FLAGS)
     result = load_file(output / WEIGHTS[kind])
     assert result.keys() == steps[0].keys()
@@ -36,7 +41,7 @@ def test_average_of_the_updates(script, kind, run, monkeypatch, tmp_path):
         assert all(
             torch.equal(v, steps[n - 1][k]) for k, v in load_file(output / f"checkpoint-{n}" / WEIGHTS[kind]).items()
         )
-    assert len(seen) == 2  # after the first of two epochs, and at the end
+    assert len(seen) == 4  # losses and images after the first of two epochs, and at the end
     transformer = {key.removeprefix("transformer."): value for key, value in result.items()}
     for name, value in seen[-1].items():
         name = name.replace(".default", "")
@@ -58,7 +63,7 @@ def test_full_result_loads(full, run):
     SD3Transformer2DModel.from_pretrained(output, subfolder="transformer")
 
 
-@pytest.mark.parametrize("value", ["1", "-0.1"])
+@pytest.mark.parametrize("value", ["1.1", "-0.1"])
 def test_decay_out_of_range(value, script, argv, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(argv(ema_decay=value))

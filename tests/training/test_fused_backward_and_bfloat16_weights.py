@@ -48,8 +48,8 @@ def test_resumed_equals_uninterrupted(full, run, tmp_path, flags):
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert {weight.dtype for weight in one.values()} == {torch.bfloat16 if "full_bf16" in flags else torch.float32}
     if "use_ema" in flags:
-        average = load_file(whole / "checkpoint-6" / "ema.safetensors")
-        assert {weight.dtype for name, weight in average.items() if name != "step"} == {torch.float32}
+        average = torch.load(whole / "checkpoint-6/ema.bin", weights_only=True)
+        assert {weight.dtype for weight in average["shadow_params"]} == {torch.float32}
 
 
 def moved(make, steps=200):
@@ -119,11 +119,6 @@ def test_what_excludes_it_is_refused_in_one_line(full, argv, capsys, flags, mess
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
     assert message in lines[0]
-
-
-def test_clipping_that_is_none_is_said(full, run, caplog):
-    run(full, **FUSED)
-    assert "--max_grad_norm has no effect" in caplog.text
 
 
 def test_the_lora_script_has_neither_flag(lora, argv):

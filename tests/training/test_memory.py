@@ -18,9 +18,9 @@ def loads(script, monkeypatch):
     """(name, {name of a model that is alive then: its device}, dtype) of each load of a model, in order."""
     alive, record, load_part = [], [], script.load_part
 
-    def recorded(args, parts, name, *rest, **kwargs):
+    def recorded(parts, name, *rest, **kwargs):
         there = {other: model().device.type for other, model in alive if model()}
-        model = load_part(args, parts, name, *rest, **kwargs)
+        model = load_part(parts, name, *rest, **kwargs)
         if name in MODELS:
             record.append((name, there, str(model.dtype).removeprefix("torch.")))
             alive.append((name, weakref.ref(model)))

@@ -58,13 +58,13 @@ BESIDE = {
     "a second run": ({}, 2, "is in use by another run: give another folder"),
     "one that resumes": ({"resume_from_checkpoint": "latest"}, 2, "is in use by another run"),
     "a dry run": ({"dry_run": True}, 0, ""),
-    "one with a wrong flag": ({"resolution": 33}, 2, "--resolution 33 is not a multiple of 16"),
+    "one with a wrong flag": ({"resolution": 8}, 2, "argument --resolution: 8 is out of range: give 16..1e9"),
     "one of another base": ({"pretrained_model_name_or_path": "/nowhere"}, 2, "error: "),
 }
 
 
 def test_a_live_run_is_left_alone(script, kind, argv, run, monkeypatch, tmp_path):
-    """By each second command with its folder: what it has encoded stays, and its result is that of a run alone."""
+    """By each second command with its folder: what is in it stays, and its result is that of a run alone."""
     alone = run(script, output_dir=tmp_path / "alone")
     original, ended = script.flow_losses, {}
 
@@ -73,8 +73,7 @@ def test_a_live_run_is_left_alone(script, kind, argv, run, monkeypatch, tmp_path
         before = sorted((tmp_path / "out").rglob("*"))
         for name, (flags, _, _) in BESIDE.items():
             ended[name] = run_beside(script, argv, **flags)
-        made = {tmp_path / "out/dry_run.png"}
-        assert set(before) == set((tmp_path / "out").rglob("*")) - made
+        assert before == sorted((tmp_path / "out").rglob("*"))
         return original(*inputs, **options)
 
     monkeypatch.setattr(script, "flow_losses", flow_losses)
@@ -83,7 +82,6 @@ def test_a_live_run_is_left_alone(script, kind, argv, run, monkeypatch, tmp_path
         assert ended[name][0] == code, name
         assert words in ended[name][1], name
     assert (out / WEIGHTS[kind]).read_bytes() == (alone / WEIGHTS[kind]).read_bytes()
-    assert not (out / ".encoded").exists()
 
 
 def test_a_folder_with_checkpoints_is_no_place_for_a_new_run(script, argv, run, capsys):
@@ -94,7 +92,7 @@ def test_a_folder_with_checkpoints_is_no_place_for_a_new_run(script, argv, run, 
     for way in ("has checkpoint-3 of an earlier run", "--resume_from_checkpoint latest", "another folder", "take"):
         assert way in line
     run(script, dry_run=True)
-    assert {name: data for name, data in read_files(out).items() if name != "dry_run.png"} == before
+    assert read_files(out) == before
     flags = {"max_train_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
     run(script, **flags, resume_from_checkpoint="checkpoint-1", learning_rate=1e-3)
     names = sorted(path.name for path in out.glob("checkpoint-*"))
@@ -111,25 +109,15 @@ def test_accumulation_is_that_of_the_flag(script, run, monkeypatch):
     assert len(updates) == 6
 
 
-ENDS = {
-    "fewer updates": ({"max_train_steps": 4}, "2 of 4 updates were made"),
-    "skipped ones": ({"max_train_steps": 4, "learning_rate": 1e29}, "updates were skipped, not being finite"),
-}
-
-
-@pytest.mark.parametrize("name", ENDS)
-def test_a_run_that_did_less_than_asked_for_ends_with_1(script, kind, argv, monkeypatch, capsys, name):
+def test_a_run_that_did_less_than_asked_for_ends_with_1(script, kind, argv, capsys):
     """It says so in its last line, and keeps the weights."""
-    flags, words = ENDS[name]
-    if name == "fewer updates":
-        order = script.order_epoch
-        monkeypatch.setattr(script, "order_epoch", lambda *rest: order(*rest) if rest[3] == 0 else [])
     with isolated(), pytest.raises(SystemExit) as end:
-        script.main(script.parse_args(args := argv(**flags)))
+        script.main(script.parse_args(args := argv(max_train_steps=4, learning_rate=1e29)))
     assert end.value.code == 1
     folder = args[args.index("--output_dir") + 1]
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"what was trained is saved in {folder}, but ") and words in last
+    assert last.startswith(f"what was trained is saved in {folder}, but ")
+    assert "updates were skipped, not being finite" in last
     assert Path(folder, WEIGHTS[kind]).is_file()
 
 
@@ -199,13 +187,13 @@ class Forged:
 
 def list_checkpoint(kind, use_ema):
     names = [WEIGHTS[kind], "optimizer.bin", "scheduler.bin", "dreambooth.json"]
-    return names + (["transformer/config.json"] if kind == "full" else []) + (["ema.safetensors"] if use_ema else [])
+    return names + (["transformer/config.json"] if kind == "full" else []) + (["ema.bin"] if use_ema else [])
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)  # their files differ
 @pytest.mark.parametrize("use_ema", [False, True], ids=["plain", "ema"])
 def test_a_checkpoint_runs_no_code(script, kind, argv, run, capsys, tmp_path, use_ema):
-    """A pickle in the place of each of its files, of the size that the manifest says, is refused or not read."""
+    """A pickle in the place of each of its files is refused or not read."""
     flags = {"use_ema": use_ema, "checkpointing_steps": 1}
     folder, trace = run(script, max_train_steps=1, **flags) / "checkpoint-1", tmp_path / "code has run"
     forged = pickle.dumps(Forged(trace))
@@ -215,17 +203,12 @@ def test_a_checkpoint_runs_no_code(script, kind, argv, run, capsys, tmp_path, us
     trace.unlink()  # it works
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert set(files) >= set(list_checkpoint(kind, use_ema))
-    manifest = json.loads((folder / "dreambooth.json").read_text())
     for name in files:
-        whole = (folder / name).read_bytes() if name in files else b""
+        whole = (folder / name).read_bytes()
         (folder / name).write_bytes(forged)
-        if name != "dreambooth.json":
-            sizes = manifest["files"] | {name: len(forged)}
-            (folder / "dreambooth.json").write_text(json.dumps(manifest | {"files": sizes}))
         refuse(script, argv, capsys, max_train_steps=2, resume_from_checkpoint=folder, **flags)
         assert not trace.exists(), name
-        (folder / name).write_bytes(whole) if name in files else (folder / name).unlink()
-        (folder / "dreambooth.json").write_text(json.dumps(manifest))
+        (folder / name).write_bytes(whole)
     for name in PLANTED:
         (folder / name).write_bytes(forged)
     run(script, max_train_steps=2, resume_from_checkpoint=folder, use_ema=use_ema)

@@ -1,14 +1,11 @@
 """--pretrained_transformer_model_name_or_path: another transformer in the place of the base's."""
 
 import json
-import re
 import shutil
-from pathlib import Path
 
 import comfyui
 import pytest
 import torch
-from conftest import isolated
 from safetensors.torch import load_file, save_file
 
 FLAG = "pretrained_transformer_model_name_or_path"
@@ -94,18 +91,12 @@ def make_refused(case, base, checkpoints, folder):
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_anything_is_encoded(case, script, refusal, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "encode_once", None)
+    monkeypatch.setattr(script.PromptTable, "fill", None)
     path = make_refused(case, checkpoints(), checkpoints, tmp_path)
     assert refusal(**{FLAG: path}).startswith(f"transformer of {str(path)!r} ")
 
 
-def test_a_dry_run_counts_its_layers(lora, run, bases, tmp_path, capsys):
-    base, other, _ = bases
-    run(lora, pretrained_model_name_or_path=base, dry_run=True, **{FLAG: source(other, "ComfyUI", tmp_path)})
-    assert "of transformer" in capsys.readouterr().out
-
-
-def test_checkpoints_record_it(script, run, refusal, bases, tmp_path, monkeypatch):
+def test_checkpoints_record_it(script, run, refusal, bases, tmp_path):
     base, other, _ = bases
     path = source(other, "ComfyUI", tmp_path)
     flags = {"pretrained_model_name_or_path": base, "checkpointing_steps": 1, "max_train_steps": 2}
@@ -115,26 +106,15 @@ def test_checkpoints_record_it(script, run, refusal, bases, tmp_path, monkeypatc
     assert manifest["run"][FLAG] == str(path)
     again = {"resume_from_checkpoint": "latest"}
     assert refusal(**flags, **again).endswith(f"was trained with {FLAG} {str(path)!r}, not None: give the same")
-    monkeypatch.chdir(tmp_path)
-    assert trained(run(script, **flags, **again, **{FLAG: path.name})) == whole
+    assert trained(run(script, **flags, **again, **{FLAG: path})) == whole
 
 
 @pytest.mark.parametrize("form", ["folder", "ComfyUI"])
-def test_the_card_s_program_loads_it(lora, run, bases, form, tmp_path, monkeypatch):
+def test_the_card_names_it(lora, run, bases, form, tmp_path):
     base, other, _ = bases
     path = source(other, form, tmp_path)
-    output = run(lora, pretrained_model_name_or_path=base, max_train_steps=1, **{FLAG: path})
+    output = run(lora, pretrained_model_name_or_path=base, **{FLAG: path})
     text = (output / "README.md").read_text()
-    program = re.search(r"```py\n(.*?)size =", text, re.DOTALL)[1]
-    assert f"--{FLAG} {path.name}" in text
+    said = f"DreamBooth weights for {base.name}, trained for 2 updates with the transformer {path.name}: 2 updates in "
+    assert said in text
     assert str(path) not in text
-    for folder in (base, path):
-        if not Path(tmp_path, folder.name).exists():
-            Path(tmp_path, folder.name).symlink_to(folder)  # the card does not say what lies above it
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    with isolated():
-        exec(program, names)
-    state = names["pipeline"].transformer.state_dict()
-    wanted = load_file(other / WEIGHTS)["transformer_blocks.1.ff.net.2.weight"]
-    assert torch.equal(state["transformer_blocks.1.ff.net.2.weight"], wanted.to(torch.bfloat16))
