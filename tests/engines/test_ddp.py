@@ -247,7 +247,7 @@ def test_no_process_says_that_something_is_deprecated(records, rank):
 
 
 def test_logs_and_bars_come_from_one_process(records):
-    """Bars where the processes start on their own, because tqdm is told when it is imported: test_two_machines.py."""
+    """Of processes that start on their own, which tell tqdm before it is imported, bars too: test_two_machines.py."""
     home = records["full", "accumulation", 2].output.parent
     log, other = (Path(home, f"log.{rank}").read_text() for rank in (0, 1))
     assert log.count("The result is in") == 2 * (len(CASES) + 2)

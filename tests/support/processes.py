@@ -4,6 +4,7 @@ They are looked after as torchrun looks after its own: once one has failed, the 
 that does not end them.
 """
 
+import functools
 import gc
 import logging
 import os
@@ -17,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 30  # seconds between the two signals, torchrun's own
@@ -50,6 +52,8 @@ def become(rank, count, log, environment):
     os.dup2(descriptor, 2)
     sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115  it stays open
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+    if rank:  # a script that starts sets TQDM_DISABLE, which counts when tqdm is imported
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     logging.getLogger().handlers.clear()  # pytest's
     warnings.resetwarnings()  # those of a process that has just started
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
