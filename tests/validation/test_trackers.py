@@ -174,7 +174,7 @@ def test_trackio(lora, run, monkeypatch):
         ({"report_to": "wandb"}, "--report_to wandb: could not start a tracker"),  # nobody is logged in
         (
             {"report_to": "tensorbord"},
-            "accelerate does not start with --mixed_precision None as it is configured "
+            "accelerate takes no --mixed_precision None with --report_to tensorbord "
             "(ValueError: Unsupported logging capability: tensorbord. Choose between [",
         ),
         (
