@@ -89,10 +89,7 @@ STYLE = {
     "gradient_accumulation_steps": 4,
     "max_train_steps": 300,
 }
-BLOCKS = {
-    "pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-large",
-    "lora_blocks": "1[2-9],2[0-4],3[0-7]",
-}
+BLOCKS = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-large", "lora_blocks": "12-24,30-37"}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ LEVELS = [f"validation_loss_{level}" for level in range(1, 9)]
 def test_the_average_is_that_of_the_last_100_finite_losses(script, monkeypatch):
     rows, shown = [], {}
     monkeypatch.setattr(script, "peak_memory_gb", lambda device: 1.0)
-    state = script.Progress({}, {}, 0, 250)
+    state = script.Progress({}, {}, 0, 250, False)
     state.bar = SimpleNamespace(
         update=lambda: None, set_postfix=lambda *figures, **more: shown.update(*figures, **more)
     )
@@ -58,5 +58,5 @@ def test_the_card_and_the_last_line_say_what_the_run_took(script, run, checkpoin
     (last,) = [record.getMessage() for record in caplog.records if "held-out loss" in record.getMessage()]
     cost = last.removeprefix(f"[RANK 0] The result is in {output}: ")
     assert re.fullmatch(r"2 updates in \d+ s \(\d+\.\d\d s each\), at most 12\.3 GB; held-out loss \d\.\d{4}", cost)
-    assert f"DreamBooth weights for {checkpoints().name}: {cost}." in card
+    assert f"DreamBooth weights for {checkpoints().name}, trained for 2 updates: {cost}." in card
     assert "held-out" not in (run(script, output_dir=output / "plain") / "README.md").read_text()
