@@ -94,7 +94,7 @@ training
   --gradient_accumulation_steps      int 1..10000 = 1       Batches per update.
   --gradient_checkpointing           switch                 Recompute activations in the backward pass.
   --cache_latents                    switch                 Encode each image once, in one crop, and free the VAE.
-  --offload                          switch                 VAE and text encoders stay on the CPU between uses.
+  --offload                          switch                 Text encoders and, if it can, the VAE wait on the CPU.
   --use_ema                          switch                 Average the weights; validate and save the average.
   --ema_decay                        float 0..1 = 0.9999    Its decay, at most (1 + n) / (10 + n) at step n.
   --max_grad_norm                    float 1e-9..inf = 1    Clip the global gradient norm to this; inf: never.
@@ -777,14 +777,14 @@ class PromptTable:
                 tokenizer = self.tokenizers[encoder] = load_part(parts, name)
                 if encoder == T5:
                     tokenizer.model_max_length = args.max_sequence_length
-                lengths = [len(tokens) for tokens in tokenizer(prompts, verbose=False).input_ids]
+                lengths = [len(tokenizer(prompt, verbose=False).input_ids) for prompt in prompts]
                 cut = sum(length > tokenizer.model_max_length for length in lengths)
                 if cut:
                     log.warning(f"{name} cuts {cut} of {len(prompts)} prompts to {tokenizer.model_max_length} tokens")
 
     def fill(self, parts, accelerator, dtype, targets=()):
         """Encodes each prompt once with each encoder that is not trained, one encoder at a time."""
-        for name in [name for name in self.tokenizers if name not in targets]:
+        for name in [name for name in self.tokenizers if self.prompts and name not in targets]:
             encoder = load_frozen(self.args, parts, accelerator, name, dtype)
             encode = functools.partial(self.encode, name, encoder)
             with torch.no_grad():
@@ -828,7 +828,7 @@ class PromptTable:
 def encode_moments(vae, pixels):
     """Posterior of uint8 pixels (B, 3 or 4, H, W): mean, deviation, mask of a fourth band: (B, 2C or 2C + 1, h, w)."""
     pixels = pixels.float().div_(127.5).sub_(1)
-    with torch.no_grad(), offload_models(vae, device=pixels.device, offload=vae.device != pixels.device):
+    with torch.no_grad():
         posterior = vae.encode(pixels[:, :3]).latent_dist
     moments = [posterior.mean, posterior.std]
     if pixels.shape[1] > 3:
@@ -1837,7 +1837,7 @@ def encode_images(args, parts, accelerator, embed, dataset, held_out):
     args.cache_latents |= bool(dataset) and dataset.has_fixed_crops()  # the same latents, for less
     for images in filter(None, (dataset if args.cache_latents else None, held_out)):
         cache_moments(images, vae, accelerator)
-    if args.cache_latents or args.offload:
+    if args.cache_latents:
         vae.to("cpu")
         free_memory()
     return Frozen(embed, vae, load_scheduler(args, parts, accelerator), held_out)
