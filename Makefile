@@ -54,11 +54,12 @@ format: .venv/ready ## lets ruff format the code and fix what it can
 
 FORCE:
 
+# Python compiles what it imports: all of it, as pip would, takes longer than the rest of the installation.
 define environment
 @command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.11 to 3.14, or name one: make PYTHON=..." >&2; exit 1; }
 @$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 15) or sys.exit(f"Python 3.11 to 3.14 is needed, $(PYTHON) is {v[0]}.{v[1]}: name another with make PYTHON=...")'
 test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-$(@D)/bin/python -m pip install --quiet -r requirements_sd3.txt -r requirements_dev.txt $(or $(patsubst %,-c %,$(filter constraints%,$^)),--upgrade)
+$(@D)/bin/python -m pip install --quiet --no-compile -r requirements_sd3.txt -r requirements_dev.txt $(or $(patsubst %,-c %,$(filter constraints%,$^)),--upgrade)
 $(@D)/bin/python -m pip check
 @touch $@
 endef
