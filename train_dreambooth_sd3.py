@@ -1203,8 +1203,9 @@ def list_states(accelerator, trained):
     return {f"{name}{part}.bin": state for name, state in states.items() if state}
 
 
-def save_checkpoint(args, accelerator, trained, state):
-    """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest."""
+def save_checkpoint(args, accelerator, trained, state, alone=False):
+    """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest. A
+    collective, unless the main process does it `alone`."""
     folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
     what = f"saving {folder} ({shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free)"
@@ -1216,7 +1217,7 @@ def save_checkpoint(args, accelerator, trained, state):
         if accelerator.is_main_process or is_split(accelerator):
             for file, part in list_states(accelerator, trained).items():
                 torch.save(part.state_dict(), partial / file)
-    failed = utils.gather_object(failed)  # now all processes have written their part
+    failed = failed if alone else utils.gather_object(failed)  # now all processes have written their part
     if accelerator.is_main_process:
         with attempt(failed, what):
             if not failed:
@@ -1227,7 +1228,8 @@ def save_checkpoint(args, accelerator, trained, state):
                 log.info(f"Saved {folder}")
         remove(partial)  # it may have filled the disk
         state.failed += failed[:1]
-    accelerator.wait_for_everyone()
+    if not alone:
+        accelerator.wait_for_everyone()
 
 
 def write_manifest(args, state, folder, patterns):
@@ -1373,8 +1375,8 @@ def evaluation(trained):
 
 @contextmanager
 def rescue(args, accelerator, trained, state):
-    """Saves a checkpoint if an error ends the training of one process; of several, others may be waiting elsewhere. An
-    update that the error has cut short may be in it in part. An older result does not count as one from here on."""
+    """Saves a checkpoint if an error ends the training on the main process, which needs no other for it, but under
+    FSDP2. An update that was cut short may be in it in part. An older result does not count as one from here on."""
     if not state.finished:
         Path(args.output_dir, MANIFEST).unlink(missing_ok=True)
     try:
@@ -1382,8 +1384,8 @@ def rescue(args, accelerator, trained, state):
     except BaseException:
         lost = not state.finished and state.step not in {0, *list_checkpoints(args.output_dir)}
         finite = all(parameter.isfinite().all() for parameter in trained.parameters)
-        if lost and finite and accelerator.num_processes == 1:
-            save_checkpoint(args, accelerator, trained, state)
+        if lost and finite and accelerator.is_main_process and not is_split(accelerator):
+            save_checkpoint(args, accelerator, trained, state, alone=True)
         raise
 
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 DRAWING = {"validation_prompt": "a dog", "num_validation_images": 2, "validation_epochs": 1}
 CLASSES = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
 FSDP2 = processes.fsdp2_environment()
+WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def fail(*args, **kwargs):
@@ -162,6 +163,18 @@ def test_it_ends_the_run_and_says_so_once(run_two, tmp_path, spoil, environment,
     (line,) = errors(said[1])
     assert line.startswith(message)
     assert [line for line in errors(said[0]) if "peer" not in line] == []  # gloo's own, of a closed connection
+
+
+def test_the_first_process_saves_the_updates_that_were_made(run_two, tmp_path):
+    """By itself: the second one waits for it in the update, and is ended."""
+    spoil = lambda patch, script: patch.setattr(script, "check_finite", late(script.check_finite, 3))  # noqa: E731
+    codes, said = run_two(spoil, rank=0, checkpointing_steps=10)
+    assert codes[0] == 1
+    assert errors(said[0]) == ["OSError: no luck"]
+    (folder,) = (tmp_path / "out").glob("*checkpoint*")
+    assert folder.name == "checkpoint-2"
+    assert load_script("lora").read_manifest(folder)["step"] == 2
+    assert {path.name for path in folder.iterdir()} > {"optimizer.bin", "scheduler.bin", WEIGHTS}
 
 
 def test_the_upload_may_take_longer_than_any_process_waits(run_two, tmp_path):

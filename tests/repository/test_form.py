@@ -48,9 +48,7 @@ def most_lines(path, name):
 
 
 def most_tokens(name):
-    if name == "main":
-        return 750
-    return 450 if name.startswith("add_") and name.endswith("_flags") else 300
+    return 750 if name == "main" else 300
 
 
 def count_tokens(source):
@@ -59,11 +57,13 @@ def count_tokens(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    tokens, lines = {}, set()
+    tokens, lines, depth = {}, set(), 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        name = tokenize.tok_name[token.type]  # from Python 3.12 on an f-string is many tokens: it counts as one
         if token.type not in SILENT and token.start[0] not in docstrings:
-            tokens[token.start[0]] = tokens.get(token.start[0], 0) + 1
+            tokens[token.start[0]] = tokens.get(token.start[0], 0) + (depth == 0)
             lines.update(range(token.start[0], token.end[0] + 1))
+        depth += (name == "FSTRING_START") - (name == "FSTRING_END")
     return tokens, lines
 
 
