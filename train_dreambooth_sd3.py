@@ -315,7 +315,6 @@ from diffusers.training_utils import (
     compute_loss_weighting_for_sd3,
     find_nearest_bucket,
     free_memory,
-    generate_aspect_ratio_buckets,
     offload_models,
     parse_buckets_string,
 )
@@ -405,13 +404,14 @@ def crop_image(image, size, generator, center, flip):
 
 def list_buckets(args):
     """The sizes (height, width) that images are cropped to."""
-    buckets = [(args.resolution, args.resolution)]
     if args.aspect_ratio_buckets:
         with or_refuse(f"--aspect_ratio_buckets {args.aspect_ratio_buckets!r}: give pairs of height,width: 512,768"):
-            buckets = parse_buckets_string(args.aspect_ratio_buckets)
-    elif args.use_aspect_ratio_buckets:
-        buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=16)
-    return buckets
+            return parse_buckets_string(args.aspect_ratio_buckets)
+    if args.use_aspect_ratio_buckets:
+        from diffusers.training_utils import generate_aspect_ratio_buckets  # not in diffusers 0.36
+
+        return generate_aspect_ratio_buckets(args.resolution, divisibility=16)
+    return [(args.resolution, args.resolution)]
 
 
 def read_caption(number, caption):
