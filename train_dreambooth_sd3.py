@@ -689,7 +689,7 @@ def load_part(parts, name, checkpoint=None, **options):
     if checkpoint:
         model = str(checkpoint)
         where = {"subfolder": name}
-    with or_refuse(f"{name} of {model!r} cannot be loaded from {where}"):
+    with or_refuse(f"{name} of {model!r} cannot be loaded (variant: {where.get('variant')})"):
         if not hasattr(kind, "parameters"):
             return load_tokenizer(kind, model, where) if "tokenizer" in name else kind.from_pretrained(model, **where)
         if model.endswith(".safetensors"):  # with the names of diffusers or of ComfyUI

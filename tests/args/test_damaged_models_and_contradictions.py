@@ -159,8 +159,7 @@ def test_a_variant_that_is_not_there_is_named(refusal, model, part):
         if other != part:
             path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
     line = refusal(pretrained_model_name_or_path=model, variant="fp16")
-    assert line.startswith(f"{part} of {str(model)!r} cannot be loaded from {{'revision': None, ")
-    assert f"'subfolder': {part!r}, 'variant': 'fp16'}} (" in line
+    assert line.startswith(f"{part} of {str(model)!r} cannot be loaded (variant: fp16) (")
 
 
 @pytest.mark.parametrize(("kind", "text"), in_turn([(None,), ("{",), ("[1]",), ('{"_class_name": "FluxPipeline"}',)]))
