@@ -20,8 +20,7 @@ A run writes into output_dir: pytorch_lora_weights.safetensors, the model card R
 
 Shapes in the comments: B images of a batch (instance images first, then class images), C latent channels, h and w the
 latent's height and width (pixels / 8), S text tokens, D joint width, P pooled width. sigma is the noise level in
-[0, 1], a step is one update of the optimizer. The twin, train_dreambooth_sd3.py, trains the whole transformer; `diff`
-of the two files shows what LoRA is.
+[0, 1], a step is an update of the optimizer. `diff` with the twin, train_dreambooth_sd3.py, shows what LoRA is.
 """
 
 import argparse
@@ -462,7 +461,7 @@ class DreamBoothDataset:
     def add_images(self, kind, flag, images, prompts):
         """Adds the images of a kind and reads each once. Returns their crops' sizes and ranges of alpha."""
         if not len(images):
-            refuse(f"{flag}: there is no image: give a folder that directly holds {', '.join(IMAGE_SUFFIXES)} files")
+            refuse(f"{flag} {vars(self.args)[flag[2:]]!r} has no image: give a folder of {', '.join(IMAGE_SUFFIXES)}")
         self.images[kind] = images
         self.prompts[kind] = prompts
 
@@ -671,7 +670,7 @@ def check_parts(args, parts):
     limit = config.pos_embed_max_size * config.patch_size * 8
     for side in sum(list_buckets(args), (args.resolution,)):
         if side % 16 or not 16 <= side <= limit:
-            refuse(f"{side} pixels are no side of a crop: give multiples of 16, at most this transformer's {limit}")
+            refuse(f"--resolution, --aspect_ratio_buckets: {side} pixels: give multiples of 16, here up to {limit}")
 
 
 def has_room(device, size):
@@ -960,7 +959,8 @@ def choose_layers(args, transformer):
     chosen = sum([fnmatch.filter(inside, layer) for layer in layers], [])
     for pattern in layers + blocks if args.lora_layers else blocks:
         if not fnmatch.filter(chosen, pattern):
-            refuse(f"--lora_blocks, --lora_layers: no {pattern}; block 0: {fnmatch.filter(linear, '*blocks.0.*')}")
+            known = f"{len(transformer.transformer_blocks)} blocks; first: {fnmatch.filter(linear, '*blocks.0.*')}"
+            refuse(f"--lora_blocks, --lora_layers: nothing matches {pattern}; there are {known}")
     return chosen
 
 

@@ -450,7 +450,7 @@ class DreamBoothDataset:
     def add_images(self, kind, flag, images, prompts):
         """Adds the images of a kind and reads each once. Returns their crops' sizes and ranges of alpha."""
         if not len(images):
-            refuse(f"{flag}: there is no image: give a folder that directly holds {', '.join(IMAGE_SUFFIXES)} files")
+            refuse(f"{flag} {vars(self.args)[flag[2:]]!r} has no image: give a folder of {', '.join(IMAGE_SUFFIXES)}")
         self.images[kind] = images
         self.prompts[kind] = prompts
 
@@ -659,7 +659,7 @@ def check_parts(args, parts):
     limit = config.pos_embed_max_size * config.patch_size * 8
     for side in sum(list_buckets(args), (args.resolution,)):
         if side % 16 or not 16 <= side <= limit:
-            refuse(f"{side} pixels are no side of a crop: give multiples of 16, at most this transformer's {limit}")
+            refuse(f"--resolution, --aspect_ratio_buckets: {side} pixels: give multiples of 16, here up to {limit}")
 
 
 def has_room(device, size):

@@ -14,7 +14,7 @@ from PIL import Image
 
 EMPTY = str(Path(tempfile.gettempdir(), "dreambooth-without-images"))
 Path(EMPTY).mkdir(exist_ok=True)
-NO_IMAGE = "--{}: there is no image: give a folder that directly holds .jpg, "
+NO_IMAGE = "--{} {!r} has no image: give a folder of .jpg, .jpeg, "
 NEITHER = "--dataset_name, --instance_data_dir: give exactly one of the two"
 NO_FIT = "these flags of the optimizer and its schedule do not fit together ("
 PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt": "a dog"}
@@ -46,12 +46,12 @@ PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt
             ({"max_sequence_length": 0}, "argument --max_sequence_length: 0 is out of range: give 1..512"),
             (
                 {"resolution": 500},
-                "500 pixels are no side of a crop: give multiples of 16, at most this transformer's 256",
+                "--resolution, --aspect_ratio_buckets: 500 pixels: give multiples of 16, here up to 256",
             ),
             ({"resolution": 0}, "argument --resolution: 0 is out of range: give 16..1e9"),
             (
                 {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "33,32"},
-                "33 pixels are no side of a crop: give mul",
+                "--resolution, --aspect_ratio_buckets: 33 pixels: give mul",
             ),
             (
                 {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "0,32"},
@@ -73,10 +73,10 @@ PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt
             ({"no_such_flag": 1}, "unrecognized arguments: --no_such_flag 1"),
             ({"repeats": "two"}, "argument --repeats: invalid number value: 'two'"),
             # Folders and files.
-            ({"instance_data_dir": "/nowhere"}, NO_IMAGE.format("instance_data_dir")),
-            ({"validation_data_dir": "/nowhere"}, NO_IMAGE.format("validation_data_dir")),
+            ({"instance_data_dir": "/nowhere"}, NO_IMAGE.format("instance_data_dir", "/nowhere")),
+            ({"validation_data_dir": "/nowhere"}, NO_IMAGE.format("validation_data_dir", "/nowhere")),
             ({"instance_data_dir": "x" * 300}, f"--instance_data_dir {'x' * 300!r} cannot be read ("),
-            ({"instance_data_dir": EMPTY}, NO_IMAGE.format("instance_data_dir")),
+            ({"instance_data_dir": EMPTY}, NO_IMAGE.format("instance_data_dir", EMPTY)),
             (
                 {"logging_dir": "../logs"},
                 "--logging_dir, --tracker_run_name, --tracker_project_name: '../logs/dreambooth-sd3",
@@ -89,11 +89,11 @@ PRIOR = {"with_prior_preservation": True, "class_data_dir": EMPTY, "class_prompt
             # What only the model's configuration can tell; no weight is read for it.
             (
                 {"resolution": 272},
-                "272 pixels are no side of a crop: give multiples of 16, at most this transformer's 256",
+                "--resolution, --aspect_ratio_buckets: 272 pixels: give multiples of 16, here up to 256",
             ),
             (
                 {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "16,512"},
-                "512 pixels are no side of a crop: give multiples of 16, at most this transformer's 256",
+                "--resolution, --aspect_ratio_buckets: 512 pixels: give multiples of 16, here up to 256",
             ),
         ]
     ),
@@ -129,7 +129,7 @@ def test_zero_where_it_makes_sense(lora, argv, capsys):
         assert f": error: argument --{name}: -1 is out of range: give 0" in capsys.readouterr().err
 
 
-NO_LAYER = "--lora_blocks, --lora_layers: no {}; block 0: ['transformer_blocks.0."
+NO_LAYER = "--lora_blocks, --lora_layers: nothing matches {}; there are 2 blocks; first: ['transformer_blocks.0."
 
 
 @pytest.mark.parametrize("kind", ["lora"])

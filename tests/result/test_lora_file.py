@@ -202,7 +202,7 @@ def test_what_matches_nothing_is_refused(flags, name, lora, argv, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count("\n") == 1
-    assert f"--lora_blocks, --lora_layers: no {name}; block 0: [" in error
+    assert f"--lora_blocks, --lora_layers: nothing matches {name}; there are 2 blocks; first: [" in error
     assert all(f"'transformer_blocks.0.{layer}'" in error for layer in ("attn.to_q", "ff.net.2")), error
 
 
