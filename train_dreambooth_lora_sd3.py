@@ -467,10 +467,9 @@ class DreamBoothDataset:
 
         def inspect(number):
             image = self.load(kind, number)
-            bucket = find_nearest_bucket(image.height, image.width, self.buckets)
-            height, width = self.buckets[bucket]
-            whole = image.width * height == image.height * width
-            return whole, (height, width), image.split()[-1].getextrema()
+            size = self.buckets[find_nearest_bucket(image.height, image.width, self.buckets)]
+            whole = image.width * size[0] == image.height * size[1]
+            return whole, size, image.split()[-1].getextrema()
 
         with ThreadPoolExecutor() as pool:
             found = [pool.submit(inspect, number) for number in range(len(images))]
@@ -493,7 +492,7 @@ class DreamBoothDataset:
 
     def has_fixed_crops(self):
         """Whether each image is always seen in the same crop, and there are few, because their latents take memory."""
-        fixed = self.args.center_crop or (self.whole and len(self.buckets) == 1)
+        fixed = self.args.center_crop or self.whole and len(self.buckets) == 1
         return fixed and not self.args.random_flip and len(self.sizes) <= KEPT
 
     def __getitem__(self, place):
@@ -759,10 +758,9 @@ def load_to_train(parts, accelerator, name, dtype, checkpoint=None, **options):
 def load_frozen(args, parts, accelerator, name, dtype):
     """A text encoder or transformer on the device, or on the CPU: its layers then pass through the device as they
     run."""
-    size = utils.compute_module_sizes(sketch_part(parts, name), dtype=dtype)[""]
-    if (
-        args.offload and name in TEXT_ENCODERS or not has_room(accelerator.device, 1.2 * size)
-    ):  # a fifth for activations
+    size = utils.compute_module_sizes(sketch_part(parts, name), dtype=dtype)[""] * 1.2  # a fifth for activations
+    if args.offload and name in TEXT_ENCODERS or not has_room(accelerator.device, size):
+        free_memory()  # hooks keep the model that was here before in a cycle
         return cpu_offload(load_part(parts, name, torch_dtype=dtype), accelerator.device)
     return load_part(parts, name, **on_device(accelerator, dtype))
 
@@ -801,7 +799,7 @@ class PromptTable:
             with torch.no_grad():
                 self.frozen[name] = encode_all(self.prompts, encode, f"Encoding text with {name}", TEXT_BATCH)
             del encoder, encode
-            free_memory()
+        free_memory()
 
     def encode(self, name, encoder, prompts):
         """One encoder's part of the text: states (B, tokens, width) and, of a CLIP, the pooled output (B, width)."""
@@ -906,20 +904,16 @@ def flow_losses(args, transformer, scheduler, drawn, text, target=None):
     return losses, prediction
 
 
-def loss_weights(args):
-    """Weight of each kind of loss by name, in the order in which batch_losses gives them."""
+def mean_losses(args, losses):
+    """The loss that is minimised and, if it is a sum, the mean of each kind, from the losses of batch_losses, (B,)."""
     weights = {"instance_loss": 1}
     if args.with_prior_preservation:
         weights["prior_loss"] = args.prior_loss_weight
     if args.output_preservation_weight:
         weights["preservation_loss"] = args.output_preservation_weight
-    return weights
-
-
-def mean_loss(args, losses):
-    """The loss that is minimised: the weighted sum of each kind's mean."""
-    weights = loss_weights(args).values()
-    return sum(weight * kind.mean() for weight, kind in zip(weights, losses.chunk(len(weights)), strict=True))
+    means = dict(zip(weights, map(torch.mean, losses.chunk(len(weights))), strict=True))
+    loss = sum(weight * means[name] for name, weight in weights.items())
+    return {"loss": loss} | (means if len(means) > 1 else {})
 
 
 @dataclass
@@ -1021,8 +1015,9 @@ def load_adapters(args, source, name, model):
     file = Path(source, WEIGHTS) if Path(source).is_dir() else Path(source)
     with or_refuse(f"the adapters of the {name} in {str(source)!r} cannot be used by this run"):
         file.stat()  # else diffusers would look for it on the Hub
-        options = {"weight_name": file.name, "return_lora_metadata": True}
-        weights, header = StableDiffusion3Pipeline.lora_state_dict(str(file.parent), **options)
+        weights, header = StableDiffusion3Pipeline.lora_state_dict(
+            str(file.parent), weight_name=file.name, return_lora_metadata=True
+        )
         scale = 1 / adapter_scale(**vars(args))  # in the result alpha / rank is multiplied into lora_B
         if header:
             scale *= adapter_scale(header[f"{name}.r"], header[f"{name}.lora_alpha"], header[f"{name}.use_rslora"])
@@ -1223,9 +1218,10 @@ def make_optimizer(args, accelerator, models):
 
 def make_schedule(args, optimizer, total):
     """The learning rate's factor at each of `total` updates."""
-    steps = {"num_warmup_steps": args.lr_warmup_steps}
-    steps["num_training_steps"] = max(total, args.lr_warmup_steps + 1)  # polynomial divides by the difference
-    return get_scheduler(args.lr_scheduler, optimizer, **steps, num_cycles=args.lr_num_cycles, power=args.lr_power)
+    warmup = args.lr_warmup_steps
+    length = max(total, warmup + 1)  # polynomial divides by the difference
+    no_rules = None  # of piecewise_constant alone
+    return get_scheduler(args.lr_scheduler, optimizer, no_rules, warmup, length, args.lr_num_cycles, args.lr_power)
 
 
 def check_optimizer(args, accelerator):
@@ -1269,6 +1265,7 @@ class Progress:
     finished: bool  # whether the result is written
     bar: object = None
     clock: float = 0.0  # when the present update began
+    unread: object = None  # figures of the last one, still on the device
     validation_loss: float = 0.0  # of the held-out images, the last one
     history: list = field(default_factory=list)  # figures of each update
     skipped: list = field(default_factory=list)  # updates that were not finite
@@ -1294,6 +1291,7 @@ def list_states(accelerator, trained):
 def save_checkpoint(args, accelerator, trained, state, alone=False):
     """Writes checkpoint-{step}, which appears under that name only once it is whole, and then removes the oldest. A
     collective, unless the main process does it `alone`."""
+    finish_update(accelerator, trained, state)
     folder = Path(args.output_dir, f"checkpoint-{state.step}")
     partial = folder.with_name(f".{folder.name}.partial")
     what = f"saving {folder} ({shutil.disk_usage(args.output_dir).free / 1e9:.3f} GB were free)"
@@ -1596,6 +1594,7 @@ def log_held_out(accelerator, losses, state):
 def validate(args, accelerator, trained, frozen, state):
     """Logs the held-out loss and draws the validation images, as far as flags ask. Returns the images' paths. What
     fails is logged; at the end it is a failure of the run."""
+    finish_update(accelerator, trained, state)
     transformer = accelerator.unwrap_model(trained.models["transformer"], keep_torch_compile=False)
     prompts = [] if state.finished and args.skip_final_inference else args.validation_prompt or []
 
@@ -1610,7 +1609,6 @@ def validate(args, accelerator, trained, frozen, state):
     with evaluation(trained), accelerator.autocast():
         losses = make_in_turn(accelerator, state, failed, len(frozen.held_out or ()), measure)
         images = make_in_turn(accelerator, state, failed, len(prompts) * args.num_validation_images, draw)
-    free_memory()
     failed = utils.gather_object(failed)
     paths = []
     if accelerator.is_main_process:
@@ -1734,8 +1732,9 @@ def open_repository(args, accelerator):
         return repository
     remedy = "give --hub_model_id USER/NAME, a token that may write (`hf auth login`, HF_TOKEN), huggingface_hub 1.5"
     with or_refuse(f"--push_to_hub: the repository {repository!r} cannot be created or written: {remedy}"):
-        options = {"private": args.hub_private_repo or None, "exist_ok": True}
-        repository = huggingface_hub.create_repo(repository, **options, token=args.hub_token).repo_id
+        repository = huggingface_hub.create_repo(
+            repository, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token
+        ).repo_id
         huggingface_hub.auth_check(repository, write=True, token=args.hub_token)  # create_repo takes any token
     return repository
 
@@ -1929,7 +1928,6 @@ def encode_images(args, parts, accelerator, embed, dataset, held_out):
         cache_moments(images, vae, accelerator)
     if args.cache_latents:
         vae.to("cpu")
-        free_memory()
     return Frozen(embed, vae, load_scheduler(args, parts, accelerator), held_out)
 
 
@@ -1974,21 +1972,6 @@ def prepare_models(args, accelerator, models, total):
     return Trained(dict(zip(models, wrapped, strict=True)), parameters, optimizer, schedule, average)
 
 
-def read_update(args, accelerator, seen, norm):
-    """Figures of an update: gradient norm and loss, the mean over its batches, (B,) each in `seen`, and processes."""
-    weights = loss_weights(args)
-    kinds = torch.stack(seen).mean(dim=0).chunk(len(weights))
-    seen.clear()
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # FSDP2: each process has a part of it
-    row = torch.stack([*(kind.mean() for kind in kinds), torch.as_tensor(norm).to(kinds[0])])
-    *losses, norm = accelerator.reduce(row, "mean").tolist()  # the host waits for the device, once an update
-    figures = {"loss": float(np.dot(losses, list(weights.values()))), "grad_norm": norm}
-    if losses[1:]:
-        figures |= zip(weights, losses, strict=True)
-    return figures
-
-
 def check_finite(accelerator, state, figures):
     """Whether loss and gradient are finite. Counts updates that are not, and ends the run after ten in a row."""
     finite_loss = math.isfinite(figures["loss"])
@@ -1998,22 +1981,10 @@ def check_finite(accelerator, state, figures):
         return False  # float16 gradients overflow now and then, until the scale is low enough
     state.skipped.append(state.step)
     figures["skipped_updates"] = len(state.skipped)
-    log.warning(f"skipping update {state.step + 1}: loss or gradient is not finite: {figures}")
+    log.warning(f"skipping update {state.step}: loss or gradient is not finite: {figures}")
     if state.skipped[-10:-9] == [state.step - 9]:
         sys.exit("ten updates in a row were not finite: lower the rate and resume from the last checkpoint")
     return False
-
-
-def step_optimizer(accelerator, trained, finite):
-    """Updates the weights, the schedule and the average, unless loss or gradient is not finite."""
-    if finite or accelerator.scaler:  # the scaler skips the update by itself, and lowers its scale
-        trained.optimizer.step()
-        finite = not accelerator.optimizer_step_was_skipped
-    if finite:
-        trained.schedule.step()
-        if trained.average:
-            trained.average.step(trained.parameters)
-    trained.optimizer.zero_grad(set_to_none=True)
 
 
 def peak_memory_gb(device):
@@ -2034,11 +2005,42 @@ def log_figures(accelerator, state, figures):
     accelerator.trackers.clear()
 
 
+def update_weights(args, accelerator, trained, seen, state):
+    """Updates the weights, unless loss or gradient is not finite. `seen` has the losses (B,) of each batch. The device
+    decides it, if the optimizer can, and the host reads the figures one update late, so that neither waits."""
+    norm = clip_gradient(args, accelerator, trained)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # FSDP2: each process has a part of it
+    figures = accelerator.reduce(mean_losses(args, torch.stack(seen).mean(dim=0)) | {"grad_norm": norm}, "mean")
+    seen.clear()
+    finish_update(accelerator, trained, state)  # the one before
+    finite = sum(figures.values()).isfinite()
+    optimizer = trained.optimizer.optimizer
+    optimizer.found_inf = 1 - finite.float()  # AdamW's kernel then leaves all as it is
+    if accelerator.scaler or optimizer.defaults.get("fused") or finite:
+        trained.optimizer.step()
+    trained.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.unread = figures | {"seconds_per_update": time.perf_counter() - state.clock}
+
+
+def finish_update(accelerator, trained, state):
+    """What follows an update on the host: the schedule and the average if it was finite, and its log point."""
+    if not state.unread:
+        return
+    figures = {name: float(figure) for name, figure in state.unread.items()}
+    state.unread = None
+    if check_finite(accelerator, state, figures):
+        trained.schedule.step()
+        if trained.average:
+            trained.average.step(trained.parameters)
+    log_update(accelerator, trained.optimizer, figures, state)
+
+
 def log_update(accelerator, optimizer, figures, state):
     """One log point of an update, and the bar's figures."""
     for group in optimizer.param_groups:
         figures[f"lr_{group['name']}".removesuffix("_transformer")] = group["lr"]
-    figures["seconds_per_update"] = time.perf_counter() - state.clock
     figures["memory_gb"] = peak_memory_gb(accelerator.device)
     state.history.append(figures)
     figures["loss_average"] = float(np.ma.masked_invalid([past["loss"] for past in state.history[-100:]]).mean())
@@ -2050,6 +2052,7 @@ def log_update(accelerator, optimizer, figures, state):
 
 def save_result(args, accelerator, trained, state, parts):
     """Writes the final weights, then a manifest. Where it cannot, it tries every minute until a signal comes."""
+    finish_update(accelerator, trained, state)
     while not state.finished:
         failed = []
         with evaluation(trained):
@@ -2161,17 +2164,13 @@ def main(args):
                     moments = data if args.cache_latents else encode_moments(frozen.vae, data)
                     drawn = draw_latents(args, frozen.vae.config, moments, seeds, accelerator.device)
                     losses = batch_losses(args, accelerator, trained.models, frozen, prompts, drawn)
-                    accelerator.backward(mean_loss(args, losses))
+                    accelerator.backward(mean_losses(args, losses)["loss"])
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:
                     continue
 
-                norm = clip_gradient(args, accelerator, trained)
-                figures = read_update(args, accelerator, seen, norm)
+                update_weights(args, accelerator, trained, seen, state)
                 stop = read_signal(accelerator, state.caught)
-                step_optimizer(accelerator, trained, check_finite(accelerator, state, figures))
-                state.step += 1
-                log_update(accelerator, trained.optimizer, figures, state)
                 if stop or state.step % args.checkpointing_steps == 0:
                     save_checkpoint(args, accelerator, trained, state)
                 if stop:

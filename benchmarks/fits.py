@@ -255,7 +255,7 @@ def count_training(size, px, batch, way, checkpointing, mode=FakeTensorMode):
                 moments = torch.zeros(batch, 32, px // 8, px // 8)
                 drawn = script.draw_latents(args, vae_config, moments, [0] * batch, torch.device("cpu"))
                 losses = script.batch_losses(args, accelerator, trained.models, frozen, ["x"] * batch, drawn)
-                accelerator.backward(script.mean_loss(args, losses))
+                accelerator.backward(script.mean_losses(args, losses)["loss"])
                 script.clip_gradient(args, accelerator, trained)
                 trained.optimizer.step()
                 trained.optimizer.zero_grad(set_to_none=True)

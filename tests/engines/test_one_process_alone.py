@@ -166,14 +166,14 @@ def test_it_ends_the_run_and_says_so_once(run_two, tmp_path, spoil, environment,
 
 
 def test_the_first_process_saves_the_updates_that_were_made(run_two, tmp_path):
-    """By itself: the second one waits for it in the update, and is ended."""
+    """By itself: the second one waits for it in the next update, and is ended."""
     spoil = lambda patch, script: patch.setattr(script, "check_finite", late(script.check_finite, 3))  # noqa: E731
     codes, said = run_two(spoil, rank=0, checkpointing_steps=10)
     assert codes[0] == 1
     assert errors(said[0]) == ["OSError: no luck"]
     (folder,) = (tmp_path / "out").glob("*checkpoint*")
-    assert folder.name == "checkpoint-2"
-    assert load_script("lora").read_manifest(folder)["step"] == 2
+    assert folder.name == "checkpoint-3"
+    assert load_script("lora").read_manifest(folder)["step"] == 3
     assert {path.name for path in folder.iterdir()} > {"optimizer.bin", "scheduler.bin", WEIGHTS}
 
 

@@ -97,7 +97,7 @@ def train(kind, argv, record):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda *group: None)  # the next run needs it
         seen.spy(monkeypatch, script, "log_update", ranks.note_update)
-        seen.spy(monkeypatch, script, "step_optimizer", lambda args, _: digest(args["trained"]))
+        seen.spy(monkeypatch, script, "update_weights", lambda args, _: digest(args["trained"]))
         seen.spy(monkeypatch, script, "load_part", lambda args, _: args["name"])
         ranks.draw_fast(monkeypatch)
         script.main(script.parse_args(argv))
@@ -183,16 +183,16 @@ def test_it_trains_right(outcome, kind, row, engine):
     found = outcome(kind, row, engine)
     assert set(found.codes) == {0}, "\n".join(found.said)[-3000:]
     records = found.records()
-    assert [len(record["step_optimizer"]) for record in records] == [3] * len(records)
-    for first, *others in zip(*(record["step_optimizer"] for record in records), strict=True):
+    assert [len(record["update_weights"]) for record in records] == [3] * len(records)
+    for first, *others in zip(*(record["update_weights"] for record in records), strict=True):
         assert others == [first] * len(others)
-    assert len(set(records[0]["step_optimizer"])) == 3
+    assert len(set(records[0]["update_weights"])) == 3
     assert all(0 < figures["grad_norm"] < math.inf for figures in records[0]["log_update"])
     assert bool(records[0]["graphs"]) == ("compiled" in row)
 
     again = found.records(" again")
     assert again[0]["log_update"] == records[0]["log_update"][2:]
-    assert again[0]["step_optimizer"] == records[0]["step_optimizer"][2:]
+    assert again[0]["update_weights"] == records[0]["update_weights"][2:]
     result = weights(found.output)
     assert result.keys() == weights(Path(f"{found.output} again")).keys()
     for name, weight in weights(Path(f"{found.output} again")).items():

@@ -92,13 +92,13 @@ def test_an_error_in_the_loop_saves_a_checkpoint_first(script, run, argv, monkey
 
 
 def test_no_checkpoint_is_saved_of_weights_that_are_not_finite(script, argv, monkeypatch, tmp_path):
-    def spoil(accelerator, trained, finite):
+    def spoil(args, accelerator, trained, seen, state):
         trained.parameters[-1].data.fill_(float("nan"))
         raise RuntimeError("diverged")
 
-    update = script.step_optimizer
+    update = script.update_weights
     steps = iter([update, spoil])
-    monkeypatch.setattr(script, "step_optimizer", lambda *inputs: next(steps)(*inputs))
+    monkeypatch.setattr(script, "update_weights", lambda *inputs: next(steps)(*inputs))
     with isolated(), pytest.raises(RuntimeError, match="diverged"):
         script.main(script.parse_args(argv()))
     assert list((tmp_path / "out").glob("*checkpoint-*")) == []
@@ -114,7 +114,7 @@ def test_ten_bad_updates_in_a_row_save_the_ones_before(script, argv, monkeypatch
     monkeypatch.setattr(script, "batch_losses", spoil)
     with isolated(), pytest.raises(SystemExit, match="ten updates in a row were not finite"):
         script.main(script.parse_args(argv(max_train_steps=20)))
-    assert [path.name for path in (tmp_path / "out").glob("*checkpoint-*")] == ["checkpoint-11"]
+    assert [path.name for path in (tmp_path / "out").glob("*checkpoint-*")] == ["checkpoint-12"]
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def test_whose_skip_it_is(script, monkeypatch, scale, loss, norm, sound):
 
 
 def test_a_real_scaler_skips_and_halves():
-    """What `step_optimizer` relies on: torch's scaler leaves the weights alone and halves its scale."""
+    """What `update_weights` relies on: torch's scaler leaves the weights alone and halves its scale."""
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(weight.sum() * math.inf).backward()
