@@ -1924,7 +1924,6 @@ def update_weights(args, accelerator, trained, seen, state):
         norm = norm.full_tensor()  # FSDP2: each process has a part of it
     figures = accelerator.reduce(mean_losses(args, torch.stack(seen).mean(dim=0)) | {"grad_norm": norm}, "mean")
     seen.clear()
-    finish_update(accelerator, trained, state)  # the one before
     finite = sum(figures.values()).isfinite()
     optimizer = trained.optimizer.optimizer
     optimizer.found_inf = 1 - finite.float()  # AdamW's kernel then leaves all as it is
@@ -1936,7 +1935,8 @@ def update_weights(args, accelerator, trained, seen, state):
 
 
 def finish_update(accelerator, trained, state):
-    """What follows an update on the host: the schedule and the average if it was finite, and its log point."""
+    """What follows an update on the host: the schedule and the average if it was finite, and its log point. It has to
+    come before the next backward pass, which can be an update itself, and before the weights are used."""
     if not state.unread:
         return
     figures = {name: float(figure) for name, figure in state.unread.items()}
@@ -2075,6 +2075,7 @@ def main(args):
                     moments = data if args.cache_latents else encode_moments(frozen.vae, data)
                     drawn = draw_latents(args, frozen.vae.config, moments, seeds, accelerator.device)
                     losses = batch_losses(args, accelerator, trained.models, frozen, prompts, drawn)
+                    finish_update(accelerator, trained, state)  # the one before, while the device is at this one
                     accelerator.backward(mean_losses(args, losses)["loss"])
                     seen.append(losses.detach())
                 if not accelerator.sync_gradients:

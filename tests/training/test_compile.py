@@ -32,16 +32,16 @@ def test_blocks_are_compiled_once_a_shape(script, run, tmp_path, monkeypatch):
     for name in ("REGIONAL_COMPILATION", "DYNAMIC"):
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_USE_{name}", str(name != "DYNAMIC"))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    graphs, log_update, counters = [], script.log_update, torch._dynamo.utils.counters
+    graphs, update_weights, counters = [], script.update_weights, torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
 
-    @functools.wraps(log_update)
+    @functools.wraps(update_weights)
     def record(*args):
-        log_update(*args)
+        update_weights(*args)
         graphs.append(counters["stats"]["unique_graphs"])
 
-    monkeypatch.setattr(script, "log_update", record)
+    monkeypatch.setattr(script, "update_weights", record)
     compiled = tmp_path / "compiled"
     losses, weights = train(script, run, **flags | {"output_dir": compiled})
     shapes = [graphs[0], graphs[2]]  # an epoch has both

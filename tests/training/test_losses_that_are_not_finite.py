@@ -1,11 +1,14 @@
 """A loss or gradient that is not finite never reaches the weights; the scaler's own skips are told apart."""
 
+import functools
+import itertools
 import logging
 import math
 import types
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import in_turn, isolated
 
 
@@ -63,17 +66,69 @@ def end(argv, capsys):
     return end
 
 
-@pytest.mark.parametrize(("kind", "gradient_alone"), in_turn([(False,), (True,)]))
-def test_a_bad_update_is_skipped_counted_and_logged(script, end, poison, rows, tmp_path, caplog, gradient_alone):
+OTHERS = ({"optimizer": "prodigy"}, {"use_8bit_adam": True})  # for them the host decides, for AdamW its kernel
+
+
+@pytest.mark.parametrize(
+    ("kind", "gradient_alone", "flags"),
+    [*in_turn(itertools.product((False, True), ({},))), *in_turn(zip((False, True), OTHERS, strict=True))],
+)
+def test_a_bad_update_is_skipped_counted_and_logged(
+    script, end, poison, rows, tmp_path, caplog, gradient_alone, flags
+):
     poison({2, 4}, gradient_alone)
     with caplog.at_level(logging.WARNING):
-        end(script, max_train_steps=4, checkpointing_steps=1)
+        end(script, max_train_steps=4, checkpointing_steps=1, lr_scheduler="linear", **flags)
     said = [line.split(":")[0] for line in caplog.messages if "skipping" in line]
     assert said == ["[RANK 0] skipping update 2", "[RANK 0] skipping update 4"]
     assert {row["step"]: row["skipped_updates"] for row in rows if "skipped_updates" in row} == {2: 1, 4: 2}
     weights = [read_weights(tmp_path / f"out/checkpoint-{step}") for step in (1, 2, 3, 4)]
     assert weights[0] == weights[1] != weights[2] == weights[3]
-    assert (tmp_path / "out/checkpoint-1/optimizer.bin").stat().st_size > 0
+    states = [torch.load(tmp_path / f"out/checkpoint-{step}/optimizer.bin") for step in (1, 2, 3, 4)]
+    assert_same(states[0]["state"], states[1]["state"])
+    assert_same(states[2]["state"], states[3]["state"])
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert rates[0] == rates[1] > rates[2] == rates[3]
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+WAITS = ("item", "tolist", "__bool__", "__float__", "__int__", "cpu")
+
+
+@pytest.mark.parametrize("flags", [{}, {"optimizer": "prodigy"}], ids=["AdamW", "Prodigy"])
+def test_the_host_waits_for_no_device_between_the_backward_pass_and_adamw(script, run, monkeypatch, flags):
+    """And reads an update's figures when the next one is under way: what Prodigy does is the other way."""
+    order = []
+
+    def watch(owner, name, word, first):
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def watched(*inputs, **options):
+            order.extend([word] * first)
+            result = original(*inputs, **options)
+            order.extend([word] * (not first))
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(script, "flow_losses", "forward", True)
+    watch(script.Accelerator, "backward", "backward", False)
+    watch(AcceleratedOptimizer, "step", "step", True)
+    watch(script, "log_update", "log", True)
+    for name in WAITS:
+        watch(torch.Tensor, name, "wait", True)
+    run(script, max_train_steps=3, repeats=3, **flags)
+    between = [set(part.split("step")[0].split()) for part in " ".join(order).split("backward")[1:]]
+    assert between == [{"wait"} if flags else set()] * 3
+    assert [word for word in order if word in ("forward", "step", "log")] == [
+        *("forward", "step"),
+        *("forward", "log", "step") * 2,
+        "log",
+    ]
 
 
 @pytest.mark.parametrize(("kind", "bad", "code"), in_turn([({2, 4}, 1), ({2}, None)]))

@@ -25,7 +25,7 @@ def test_the_average_is_that_of_the_last_100_finite_losses(script, monkeypatch):
     losses = [float(number) for number in range(250)]
     losses[7], losses[200] = math.nan, math.inf
     for loss in losses:
-        script.log_update(accelerator, optimizer, {"loss": loss}, state)
+        script.log_update(accelerator, optimizer, {"loss": loss, "seconds_per_update": 1.0}, state)
     for number, row in enumerate(rows):
         last = [loss for loss in losses[max(number - 99, 0) : number + 1] if math.isfinite(loss)]
         assert row["loss_average"] == pytest.approx(sum(last) / len(last))
