@@ -12,6 +12,7 @@ The other script runs through torchvision_stand_in.py, which does nothing where 
 """
 
 import argparse
+import json
 import shutil
 import statistics
 import sys
@@ -36,6 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--other", required=True, help="The script to compare it with.")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="The random checkpoint that both train.")
     parser.add_argument("--resolution", type=int, default=256, help="Side of pictures and crops in pixels.")
+    parser.add_argument("--native", type=int, default=256, help="Pixels that the checkpoint says it draws.")
     parser.add_argument("--captions", action="store_true", help="Use a dataset with one caption per picture.")
     parser.add_argument("--runs", type=int, default=3, help="Measured runs of each, after one that is not measured.")
     parser.add_argument("--work", help="Folder to keep the checkpoint in; unset: a temporary one.")
@@ -58,6 +60,8 @@ def build(work, args):
         model = pool.submit(build_checkpoint, work / args.size, args.size)
         folder = work / ("captioned" if args.captions else "pictures")
         data = pool.submit(build_pictures, folder, args.resolution, captions=args.captions)
+        config = Path(model.result(), "transformer", "config.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": args.native // 8}))
         return model.result(), data.result()
 
 
