@@ -28,6 +28,7 @@ from pathlib import Path
 
 token, card, *sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
+print("====", file=sys.stderr)
 os.environ["HF_TOKEN"] = token
 exec(re.search(r"```py\\n(.*?)```", Path(card).read_text(), re.DOTALL)[1])
 """
@@ -86,6 +87,7 @@ def test_push(hub, client, argv, checkpoints, tmp_path, kind):
         validation_prompt="a dog",
         num_validation_images=1,
         validation_num_inference_steps=3,
+        dataloader_num_workers=2,
     )
     # The card's program fetches what was uploaded. A local base has its folder's name there.
     (tmp_path / checkpoints().name).symlink_to(checkpoints())
@@ -94,6 +96,8 @@ def test_push(hub, client, argv, checkpoints, tmp_path, kind):
         "-c", PUSH_AND_LOAD, *program, SCRIPTS[kind], *flags, token="" if by_flag else None, xet=xet, started=xet
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Exception ignored" not in done.stderr
+    assert "FutureWarning" not in done.stderr.partition("====")[0]
     assert bool(hub.xorbs) == xet
 
     repository = hub.repositories["user/dog" if kind == "lora" else "user/out"]
