@@ -8,7 +8,6 @@ import itertools
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -270,26 +269,6 @@ def refused(refusal, script, monkeypatch):
 @pytest.fixture
 def few_steps(monkeypatch):
     ranks.draw_fast(monkeypatch)
-
-
-@pytest.fixture
-def launch(tmp_path):
-    """Runs the command line and returns the finished process: returncode, stdout, stderr.
-
-    accelerate starts one process on a CPU whatever it is asked for, so two are started by torchrun.
-    """
-
-    def launch(path, argv, processes=1, env=None, timeout=300):
-        accelerate = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-        accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, "-m", *(accelerate if processes == 1 else torchrun), str(path), *map(str, argv)]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", **(env or {})}
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
-
-    return launch
 
 
 def start_two_processes(folder, cases, **environment):

@@ -1,5 +1,6 @@
 """A process killed while it saves leaves whole checkpoints or .partial folders; a full disk keeps the last one."""
 
+import argparse
 import builtins
 import functools
 import os
@@ -48,24 +49,29 @@ class Fuse:
         self.wrap(patch, torch, "save")
         self.wrap(patch, builtins, "open")
 
+    def watch(self, script, save, *inputs):
+        """A call of save_checkpoint, whose files it counts."""
+        with pytest.MonkeyPatch.context() as patch:
+            self.attach(patch, script)
+            save(*inputs)
 
-def train(script, argv, fuse=None, **flags):
-    """Runs main; the fuse burns only while checkpoints are saved."""
+
+def train(script, argv, in_place_of_save=None, **flags):
+    """Runs main. in_place_of_save(save_checkpoint, its arguments) is called where checkpoints are saved."""
     with isolated(), pytest.MonkeyPatch.context() as patch:
-        if fuse:
-            original = script.save_checkpoint
-
-            def save_checkpoint(*args):
-                with pytest.MonkeyPatch.context() as inner:
-                    fuse.attach(inner, script)
-                    original(*args)
-
-            patch.setattr(script, "save_checkpoint", save_checkpoint)
+        if in_place_of_save:
+            patch.setattr(script, "save_checkpoint", functools.partial(in_place_of_save, script.save_checkpoint))
         script.main(script.parse_args(argv(**FLAGS | flags)))
 
 
 def weights(folder):
     return {name: data for name, data in read_files(folder).items() if name.endswith(".safetensors")}
+
+
+def contents(folder):
+    """Names and bytes of a folder's files, and its folders."""
+    paths = sorted(folder.rglob("*"))
+    return tuple((str(path.relative_to(folder)), path.is_file() and path.read_bytes()) for path in paths)
 
 
 @pytest.mark.slow
@@ -75,21 +81,39 @@ def weights(folder):
     ids=["lora", "full", "fused", "bfloat16", "both"],
 )
 def test_killed_at_any_moment_of_saving(script, argv, tmp_path, count, flags):
-    fuse = Fuse(None)
-    train(script, argv, fuse, output_dir=tmp_path / "whole", **flags)
+    """A process is forked for each moment, with a copy of the folder. What leaves the same files is resumed once."""
+    fuse, begun, left = Fuse(None), [], {}
+
+    def count_calls(save, *inputs):
+        begun.append(fuse.count)
+        fuse.watch(script, save, *inputs)
+
+    train(script, argv, count_calls, output_dir=tmp_path / "whole", **flags)
     assert fuse.count >= 25  # calls that write, in a run with its checkpoints
     expected = weights(tmp_path / "whole")
     moments = sorted({round(1 + n * (fuse.count - 1) / (count - 1)) for n in range(count)})
     assert len(moments) == count
-    for moment in moments:
+
+    def be_killed(save, args, *inputs):
+        first, *later = begun
+        begun[:] = later
+        for moment in [moment for moment in moments if first < moment <= min([*later, fuse.count])]:
+            folder = tmp_path / f"killed-{moment}"
+            shutil.copytree(args.output_dir, folder, symlinks=True)
+            there = argparse.Namespace(**vars(args) | {"output_dir": str(folder)})
+            doomed = functools.partial(Fuse(moment - first).watch, script, save, there, *inputs)
+            assert in_child(doomed) == -signal.SIGKILL, moment
+            left.setdefault(contents(folder), []).append(moment)
+        save(args, *inputs)
+
+    train(script, argv, be_killed, output_dir=tmp_path / "alive", **flags)
+    assert sorted(sum(left.values(), [])) == moments
+    for moment, *_ in left.values():
         folder = tmp_path / f"killed-{moment}"
-        doomed = functools.partial(train, script, argv, Fuse(moment), output_dir=folder, **flags)
-        assert in_child(doomed) == -signal.SIGKILL, moment
         train(script, argv, output_dir=folder, resume_from_checkpoint="latest", **flags)
         assert weights(folder) == expected, moment
         kept = {path.name for path in folder.glob("*checkpoint-*")}
         assert {"checkpoint-2"} <= kept <= {"checkpoint-1", "checkpoint-2"}, moment  # killed before the old one went
-        shutil.rmtree(folder)
 
 
 def test_what_a_killed_run_left_goes(script, argv, tmp_path):

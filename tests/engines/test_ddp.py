@@ -93,7 +93,8 @@ def records(folder, checkpoints, tmp_path_factory):
                 words = [
                     [f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in flags.items()
                 ]
-                cases[processes].append({"script": kind, "argv": sum(words, []), "record": f"{output}.record"})
+                case = {"script": kind, "argv": sum(words, []), "record": f"{output}.record", "draw_fast": True}
+                cases[processes].append(case)
                 found[kind, name, processes] = output
     for kind in SCRIPTS:  # what one process has begun is ended by two, with updates of the same size and of twice that
         whole = next(case for case in cases[1] if case["record"] == f"{home}/{kind}-accumulation-1.record")
@@ -103,7 +104,7 @@ def records(folder, checkpoints, tmp_path_factory):
             later[later.index("--train_batch_size") + 1] = str(batch)
             later[later.index("--num_train_epochs") + 1] = str(2 * batch)  # as many updates, of twice the size
             later += ["--resume_from_checkpoint", str(home / f"{kind}-accumulation-1/checkpoint-2")]
-            cases[2].append({"script": kind, "argv": later, "record": f"{output}.record"})
+            cases[2].append(whole | {"argv": later, "record": f"{output}.record"})
             found[kind, name, 2] = output
     with isolated():
         for case in cases[1]:

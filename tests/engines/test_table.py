@@ -21,7 +21,7 @@ import tiny_sd3
 import torch
 import torch._dynamo
 from conftest import SCRIPTS, load_script
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from test_ddp import still
 
@@ -118,6 +118,15 @@ class Outcome:
         return [torch.load(f"{self.output}{name}.{rank}", weights_only=False) for rank in range(len(self.codes))]
 
 
+def warm_up_dynamo(base):
+    """Compiles once here: processes that are forked find what takes dynamo two seconds the first time."""
+    model = SD3Transformer2DModel.from_pretrained(base, subfolder="transformer")
+    text = torch.zeros(1, 8, model.config.joint_attention_dim), torch.zeros(1, model.config.pooled_projection_dim)
+    torch.compile(model, backend="eager")(torch.zeros(1, 16, 4, 4), *text, torch.zeros(1)).sample.sum().backward()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     """Runs a row's two runs, the whole one and the one from its checkpoint, where that has not been done before."""
@@ -127,6 +136,7 @@ def outcome(tmp_path_factory):
     tiny_sd3.images(images, 3, size=(64, 64))
     tiny_sd3.images(home / "wide", 1, size=(96, 32))[0].rename(images / "wide.png")
     shutil.copytree(images, home / "class")
+    warm_up_dynamo(base)
 
     @functools.cache
     def outcome(kind, row, engine):

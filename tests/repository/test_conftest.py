@@ -1,4 +1,4 @@
-"""The two ways to run a script: in this process, leaving no trace, and as a command line on one or two processes."""
+"""A script that runs in this process leaves no trace there."""
 
 import os
 import random
@@ -9,15 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-
-PROBE = """
-import os, sys
-from accelerate import Accelerator
-state = Accelerator()
-words = ["process", state.process_index, "of", state.num_processes, *sys.argv[1:], os.environ.get("EXTRA")]
-os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # in one piece, or two processes mix
-sys.exit("--fail" in sys.argv)
-"""
 
 
 def draws():
@@ -67,13 +58,3 @@ def test_argv(argv, changes, present, absent):
     words = argv(**changes)
     assert set(present) <= set(words)
     assert absent not in words
-
-
-@pytest.mark.parametrize(("processes", "word", "fails"), [(1, "--fail", True), (2, "--word", False)])
-def test_launch(launch, tmp_path, processes, word, fails):
-    path = tmp_path / "probe.py"
-    path.write_text(PROBE)
-    done = launch(path, [word], processes, env={"EXTRA": "extra"})
-    assert (done.returncode != 0) == fails, done.stderr
-    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
-    assert lines == [f"process {index} of {processes} {word} extra" for index in range(processes)]

@@ -25,6 +25,7 @@ TOKENS = {"lora": 15_400, "full": 14_900}
 TOKENS_OF_A_LINE = 9.3
 LIBRARIES = (torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR, torch.utils.data.DataLoader, Accelerator)
 LIBRARIES += (SD3Transformer2DModel, argparse.ArgumentParser)
+METHODS = {name for kind in LIBRARIES for name in dir(kind) if callable(getattr(kind, name))}
 
 
 def functions(path):
@@ -111,9 +112,8 @@ def is_packed(node):
 
 def replaces_a_method(node):
     """Whether an assignment puts something in the place of a method of an object of a library."""
-    names = {name for kind in LIBRARIES for name in dir(kind) if callable(getattr(kind, name))}
     targets = node.targets if isinstance(node, ast.Assign) else []
-    return any(isinstance(target, ast.Attribute) and target.attr in names for target in targets)
+    return any(isinstance(target, ast.Attribute) and target.attr in METHODS for target in targets)
 
 
 def find(source, rule):

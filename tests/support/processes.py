@@ -4,6 +4,7 @@ They are looked after as torchrun looks after its own: once one has failed, the 
 that does not end them.
 """
 
+import atexit
 import functools
 import gc
 import logging
@@ -11,12 +12,14 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
 import warnings
 from pathlib import Path
 
+import datasets  # noqa: F401  accelerate imports it in each of several processes: here it costs 0.5 s once
 import yaml
 from tqdm import tqdm
 
@@ -47,17 +50,53 @@ def become(rank, count, log, environment):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         runpy.run_path(str(ROOT / "tests/support/fsdp2_without_gpu/sitecustomize.py"))
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115  it stays open
-    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+    say_to(log, log)
     if rank:  # a script that starts sets TQDM_DISABLE, which counts when tqdm is imported
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def say_to(out, err):
+    """Has this process print and warn as one that has just started, to these files."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
+    sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115  it stays open
+    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
     logging.getLogger().handlers.clear()  # pytest's
-    warnings.resetwarnings()  # those of a process that has just started
+    warnings.resetwarnings()
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
+
+
+def run_python(words, folder, prepare):
+    """What subprocess.run([python, *words]) gives, from a process that is forked, and that calls prepare() first."""
+    out, err = Path(folder, "said.out"), Path(folder, "said.err")
+    gc.collect()
+    gc.freeze()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            atexit._clear()  # pytest's
+            say_to(out, err)
+            os.chdir(folder)
+            prepare()
+            first, *sys.argv[:] = map(str, words)
+            if first == "-c":
+                program, sys.argv[0] = sys.argv[0], "-c"
+                exec(program, {"__name__": "__main__"})
+            else:
+                sys.argv.insert(0, first)
+                runpy.run_path(first, run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            atexit._run_exitfuncs()
+            os._exit(code)
+    (code,) = watch([child], seconds=300)
+    return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
 
 
 def start(work, count, logs, **environment):

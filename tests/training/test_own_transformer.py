@@ -6,8 +6,10 @@ import shutil
 import comfyui
 import pytest
 import torch
+from conftest import SCRIPTS
 from safetensors.torch import load_file, save_file
 
+IN_TURN = True  # one script for each test that asks for no other, see conftest.py
 FLAG = "pretrained_transformer_model_name_or_path"
 REFUSED = ["another width", "another model", "a layer is missing", "adapters", "damaged", "absent", "empty folder"]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -43,6 +45,7 @@ def trained(output):
     )
 
 
+@pytest.mark.parametrize("kind", SCRIPTS)
 def test_trains_as_a_pipeline_that_has_it(script, run, bases, tmp_path):
     base, other, mixed = bases
     flags = {"learning_rate": 1e-2, "max_train_steps": 2}
@@ -96,6 +99,7 @@ def test_refused_before_anything_is_encoded(case, script, refusal, checkpoints, 
     assert refusal(**{FLAG: path}).startswith(f"transformer of {str(path)!r} ")
 
 
+@pytest.mark.parametrize("kind", SCRIPTS)
 def test_checkpoints_record_it(script, run, refusal, bases, tmp_path):
     base, other, _ = bases
     path = source(other, "ComfyUI", tmp_path)
