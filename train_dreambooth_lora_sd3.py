@@ -384,8 +384,7 @@ def open_image(source, reach, number, alpha_mask=False):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             alpha = image.getchannel("A")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
         if alpha_mask:
             image.putalpha(alpha)
@@ -460,7 +459,7 @@ class DreamBoothDataset:
 
     def add_images(self, kind, flag, images, prompts):
         """Adds the images of a kind and reads each once. Returns their crops' sizes and ranges of alpha."""
-        if not len(images):
+        if not images:
             refuse(f"{flag} {vars(self.args)[flag[2:]]!r} has no image: give a folder of {', '.join(IMAGE_SUFFIXES)}")
         self.images[kind] = images
         self.prompts[kind] = prompts
@@ -483,12 +482,10 @@ class DreamBoothDataset:
 
     @functools.lru_cache(KEPT)  # noqa: B019  decoding a photo can take longer than an update
     def load(self, kind, number):
-        reach = max(map(max, self.buckets))
-        return open_image(self.images[kind][number], reach, number, self.args.alpha_mask)
+        return open_image(self.images[kind][number], max(map(max, self.buckets)), number, self.args.alpha_mask)
 
     def __len__(self):
-        instances = len(self.images["instance"]) * self.args.repeats
-        return max(instances, len(self.images.get("class", ())))
+        return max(len(self.images["instance"]) * self.args.repeats, len(self.images.get("class", ())))
 
     def has_fixed_crops(self):
         """Whether each image is always seen in the same crop, and there are few, because their latents take memory."""
@@ -518,8 +515,7 @@ class DreamBoothDataset:
     def pixels(self, kind, number, size, seed):
         """Pixels (bands, height, width) of one image from 0 to 255, in the crop that `seed` draws."""
         generator = torch.Generator().manual_seed(derive_seed(seed, "crop"))
-        image = self.load(kind, number)
-        return crop_image(image, size, generator, self.args.center_crop, self.args.random_flip)
+        return crop_image(self.load(kind, number), size, generator, self.args.center_crop, self.args.random_flip)
 
 
 class Batches(list):
@@ -573,8 +569,7 @@ def read_folder(args, flag, folder):
         images = list_images(folder)
         if any(Path(folder, name).is_file() for name in METADATA):
             return read_dataset(args, flag, folder, "image", args.caption_column or "text")
-    unused = (args.dataset_split, args.image_column, args.caption_column)
-    if unused != ("train", "image", None):
+    if (args.dataset_split, args.image_column, args.caption_column) != ("train", "image", None):
         log.warning(f"{flag} {folder!r} has no metadata file: split and columns of a dataset have no effect")
     captions = []
     for image in images:
@@ -599,10 +594,8 @@ def read_dataset(args, flag, name, image_column, caption_column):
         label = rows.features.get(caption_column)
         if isinstance(label, datasets.ClassLabel):
             captions = label.int2str(captions)
-        images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))[
-            image_column
-        ]
-    return images, captions
+        rows = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+        return rows[image_column], captions
 
 
 def read_instances(args):
@@ -610,9 +603,8 @@ def read_instances(args):
     if args.instance_data_dir:
         flag = "--instance_data_dir"
         return DreamBoothDataset(args, flag, *read_folder(args, flag, args.instance_data_dir))
-    flag = "--dataset_name"
-    found = read_dataset(args, flag, args.dataset_name, args.image_column, args.caption_column)
-    return DreamBoothDataset(args, flag, *found)
+    found = read_dataset(args, "--dataset_name", args.dataset_name, args.image_column, args.caption_column)
+    return DreamBoothDataset(args, "--dataset_name", *found)
 
 
 def read_held_out(args):
@@ -841,8 +833,7 @@ def encode_moments(vae, pixels):
         posterior = vae.encode(pixels[:, :3]).latent_dist
     moments = [posterior.mean, posterior.std]
     if pixels.shape[1] > 3:
-        mask = (pixels[:, 3:] + 1) / 2
-        moments.append(functional.interpolate(mask, posterior.mean.shape[2:], mode="area"))
+        moments.append(functional.interpolate((pixels[:, 3:] + 1) / 2, posterior.mean.shape[2:], mode="area"))
     return torch.cat(moments, dim=1)
 
 
@@ -900,8 +891,7 @@ def flow_losses(args, transformer, scheduler, drawn, text, target=None):
     weight = compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
     if mask is not None:  # the mean over what the mask leaves
         weight = weight * mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
-    losses = (weight * error**2).flatten(1).mean(dim=1)
-    return losses, prediction
+    return (weight * error**2).flatten(1).mean(dim=1), prediction
 
 
 def mean_losses(args, losses):
@@ -912,8 +902,7 @@ def mean_losses(args, losses):
     if args.output_preservation_weight:
         weights["preservation_loss"] = args.output_preservation_weight
     means = dict(zip(weights, map(torch.mean, losses.chunk(len(weights))), strict=True))
-    loss = sum(weight * means[name] for name, weight in weights.items())
-    return {"loss": loss} | (means if len(means) > 1 else {})
+    return {"loss": sum(weight * means[name] for name, weight in weights.items())} | (means if len(means) > 1 else {})
 
 
 @dataclass
@@ -1218,10 +1207,11 @@ def make_optimizer(args, accelerator, models):
 
 def make_schedule(args, optimizer, total):
     """The learning rate's factor at each of `total` updates."""
-    warmup = args.lr_warmup_steps
-    length = max(total, warmup + 1)  # polynomial divides by the difference
-    no_rules = None  # of piecewise_constant alone
-    return get_scheduler(args.lr_scheduler, optimizer, no_rules, warmup, length, args.lr_num_cycles, args.lr_power)
+    length = max(total, args.lr_warmup_steps + 1)  # polynomial divides by the difference
+    # None is the place of piecewise_constant's rules.
+    return get_scheduler(
+        args.lr_scheduler, optimizer, None, args.lr_warmup_steps, length, args.lr_num_cycles, args.lr_power
+    )
 
 
 def check_optimizer(args, accelerator):
@@ -1265,7 +1255,7 @@ class Progress:
     finished: bool  # whether the result is written
     bar: object = None
     clock: float = 0.0  # when the present update began
-    unread: object = None  # figures of the last one, still on the device
+    unread: object = None  # names and figures of the last one, still on the device, and its seconds
     validation_loss: float = 0.0  # of the held-out images, the last one
     history: list = field(default_factory=list)  # figures of each update
     skipped: list = field(default_factory=list)  # updates that were not finite
@@ -1967,8 +1957,7 @@ def prepare_models(args, accelerator, models, total):
     parameters = sum(map(trained_parameters, wrapped), [])
     average = None
     if args.use_ema:
-        copies = [parameter.float() for parameter in parameters]
-        average = EMAModel(copies, decay=args.ema_decay, foreach=True)
+        average = EMAModel([parameter.float() for parameter in parameters], decay=args.ema_decay, foreach=True)
     return Trained(dict(zip(models, wrapped, strict=True)), parameters, optimizer, schedule, average)
 
 
@@ -2011,30 +2000,35 @@ def update_weights(args, accelerator, trained, seen, state):
     norm = clip_gradient(args, accelerator, trained)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()  # FSDP2: each process has a part of it
-    figures = accelerator.reduce(mean_losses(args, torch.stack(seen).mean(dim=0)) | {"grad_norm": norm}, "mean")
+    figures = mean_losses(args, torch.stack(seen).mean(0)) | {"grad_norm": norm}
     seen.clear()
-    finite = sum(figures.values()).isfinite()
+    row = accelerator.reduce(torch.stack([*figures.values()]), "mean")
     optimizer = trained.optimizer.optimizer
-    optimizer.found_inf = 1 - finite.float()  # AdamW's kernel then leaves all as it is
-    if accelerator.scaler or optimizer.defaults.get("fused") or finite:
+    fused = optimizer.defaults.get("fused")
+    if not fused:
+        row = row.cpu()  # the host waits, and decides
+    finite = row.isfinite().all()
+    if fused:
+        optimizer.found_inf = 1 - finite.float()  # AdamW's kernel then leaves all as it is
+    if fused or accelerator.scaler or finite:
         trained.optimizer.step()
-    trained.optimizer.zero_grad(set_to_none=True)
+    trained.optimizer.zero_grad()
     state.step += 1
-    state.unread = figures | {"seconds_per_update": time.perf_counter() - state.clock}
+    state.unread = figures, row, time.perf_counter() - state.clock
 
 
 def finish_update(accelerator, trained, state):
     """What follows an update on the host: the schedule and the average if it was finite, and its log point. It has to
     come before the next backward pass, which can be an update itself, and before the weights are used."""
-    if not state.unread:
-        return
-    figures = {name: float(figure) for name, figure in state.unread.items()}
-    state.unread = None
-    if check_finite(accelerator, state, figures):
-        trained.schedule.step()
-        if trained.average:
-            trained.average.step(trained.parameters)
-    log_update(accelerator, trained.optimizer, figures, state)
+    if state.unread:
+        names, row, seconds = state.unread
+        state.unread = None
+        figures = dict(zip(names, row.tolist(), strict=True)) | {"seconds_per_update": seconds}
+        if check_finite(accelerator, state, figures):
+            trained.schedule.step()
+            if trained.average:
+                trained.average.step(trained.parameters)
+        log_update(accelerator, trained.optimizer, figures, state)
 
 
 def log_update(accelerator, optimizer, figures, state):

@@ -229,7 +229,6 @@ def fake_run(size, px, batch, way, checkpointing):
             script.load_part, script.SwappedBlocks = load_part, swapped
 
 
-@functools.cache
 def count_training(size, px, batch, way, checkpointing, mode=FakeTensorMode):
     """GiB of an update whose optimizer has its state, of a step of drawing after it, and what stays; TFLOP."""
     as_on_cuda()
@@ -280,9 +279,9 @@ def count_training(size, px, batch, way, checkpointing, mode=FakeTensorMode):
 
 def count(size, px, batch, way, checkpointing):
     """GiB that a run of this kind needs by stage, and the TFLOP of an update."""
-    update, step, live, weights, _ = count_training(size, px, batch, way, checkpointing)
-    # torch does not see the products with nf4 weights, which are those with the weights in bfloat16.
-    *_, work = count_training(size, px, batch, way.removesuffix(", nf4"), checkpointing)
+    update, step, live, weights, work = count_training(size, px, batch, way, checkpointing)
+    if way.endswith("nf4"):  # torch does not see these products, which are those of weights in bfloat16
+        *_, work = count_training(size, px, batch, way.removesuffix(", nf4"), checkpointing)
     vae, encoding, decoding = count_vae(size, px)
     text, text_offloaded = count_text(size)
     return {
