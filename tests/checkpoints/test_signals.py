@@ -113,29 +113,44 @@ finally:
 UNUSED = "wandb tensorboard tensorboardX comet_ml mlflow aim datasets pandas pyarrow prodigyopt torchvision matplotlib"
 
 
-@pytest.mark.slow
-def test_loader_processes_leave_a_signal_to_the_group_to_the_run(argv, tmp_path):
-    """As Ctrl-C and launchers give it: they hand out the update's batches, and one process says what will happen.
+@pytest.fixture(scope="module")
+def told(checkpoints, pictures, tmp_path_factory):
+    """A run by the command line, with loader processes, whose whole group gets SIGTERM once a checkpoint is there.
 
-    It has imported no tracker, dataset reader or optimizer that it does not use. PEFT is not among them: diffusers'
-    SD3 classes import it wherever it is installed.
+    Returns its folder, exit code, what it has imported and what it said.
     """
-    flags = {"dataloader_num_workers": 2, "max_train_steps": 1000, "checkpointing_steps": 1}
-    command = [sys.executable, "-c", RUN, str(SCRIPTS["lora"]), *argv(**flags, checkpoints_total_limit=1)]
-    environment, pipe = os.environ | {"ACCELERATE_USE_CPU": "true"}, subprocess.PIPE
-    streams = {"stdout": pipe, "stderr": pipe, "text": True}
+    out = tmp_path_factory.mktemp("told") / "out"
+    words = f"--pretrained_model_name_or_path {checkpoints()} --instance_data_dir {pictures()} --output_dir {out}"
+    words += " --instance_prompt dog --resolution 32 --train_batch_size 1 --max_train_steps 1000 --report_to none"
+    words += " --dataloader_num_workers 2 --checkpointing_steps 1 --checkpoints_total_limit 1"
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", RUN, str(SCRIPTS["lora"]), *words.split()]
     with subprocess.Popen(command, env=environment, start_new_session=True, **streams) as run:
-        while not list((tmp_path / "out").glob("checkpoint-*")) and run.poll() is None:
+        while not list(out.glob("checkpoint-*")) and run.poll() is None:
             time.sleep(0.1)
         os.killpg(run.pid, signal.SIGTERM)
         printed, said = run.communicate(timeout=100)
-    assert run.returncode == 143, said[-2000:]
+    return out, run.returncode, {name.split(".")[0] for name in printed.split()}, said
+
+
+@pytest.mark.slow
+def test_loader_processes_leave_a_signal_to_the_group_to_the_run(told):
+    """As Ctrl-C and launchers give it: they hand out the update's batches, and one process says what will happen."""
+    out, code, _, said = told
+    assert code == 143, said[-2000:]
     assert said.count(": the run saves what it has trained and ends") == 1
     assert "Traceback" not in said and "Exception ignored" not in said and "FutureWarning" not in said
-    (checkpoint,) = (tmp_path / "out").glob("*checkpoint-*")
+    (checkpoint,) = out.glob("*checkpoint-*")
     way = f"SIGTERM came at update {checkpoint.name[11:]}: --resume_from_checkpoint latest goes on"
-    assert said.splitlines()[-1] == f"what was trained is saved in {tmp_path / 'out'}, but {way}"  # no bar below it
-    imported = {name.split(".")[0] for name in printed.splitlines()[-1].split()}
+    assert said.splitlines()[-1] == f"what was trained is saved in {out}, but {way}"  # no bar below it
+
+
+@pytest.mark.slow
+def test_a_plain_run_imports_no_optional_package(told):
+    """No tracker, dataset reader or optimizer that it does not use. PEFT is not among them: diffusers' SD3 classes
+    import it wherever it is installed."""
+    _, _, imported, _ = told
     assert {"torch", "diffusers", "safetensors"} <= imported
     assert imported & set(UNUSED.split()) == set()
 
