@@ -780,7 +780,6 @@ class PromptTable:
             with torch.no_grad():
                 self.frozen[name] = encode_all(self.prompts, encode, f"Encoding text with {name}", TEXT_BATCH)
             del encoder, encode
-        free_memory()
 
     def encode(self, name, encoder, prompts):
         """One encoder's part of the text: states (B, tokens, width) and, of a CLIP, the pooled output (B, width)."""
@@ -880,7 +879,7 @@ def flow_losses(args, transformer, scheduler, drawn, text, target=None):
     weight = compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
     if mask is not None:  # the mean over what the mask leaves
         weight = weight * mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
-    return (weight * error**2).flatten(1).mean(dim=1), prediction
+    return (weight * error**2).flatten(1).mean(1), prediction
 
 
 def mean_losses(args, losses):
@@ -1510,6 +1509,7 @@ def validate(args, accelerator, trained, frozen, state):
     with evaluation(trained), accelerator.autocast():
         losses = make_in_turn(accelerator, state, failed, len(frozen.held_out or ()), measure)
         images = make_in_turn(accelerator, state, failed, len(prompts) * args.num_validation_images, draw)
+    torch.cuda.empty_cache()  # of what decoding took
     failed = utils.gather_object(failed)
     paths = []
     if accelerator.is_main_process:
@@ -1829,6 +1829,7 @@ def encode_images(args, parts, accelerator, embed, dataset, held_out):
         cache_moments(images, vae, accelerator)
     if args.cache_latents:
         vae.to("cpu")
+    free_memory()  # of the text encoders too
     return Frozen(embed, vae, load_scheduler(args, parts, accelerator), held_out)
 
 
@@ -1906,8 +1907,8 @@ def log_figures(accelerator, state, figures):
 
 
 def update_weights(args, accelerator, trained, seen, state):
-    """Updates the weights, unless loss or gradient is not finite. `seen` has the losses (B,) of each batch. The device
-    decides it, if the optimizer can, and the host reads the figures one update late, so that neither waits."""
+    """Updates the weights, unless loss or gradient is not finite. `seen` has the losses (B,) of each batch. AdamW
+    decides that on the device, and the host reads the figures one update late, so that neither waits."""
     norm = clip_gradient(args, accelerator, trained)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()  # FSDP2: each process has a part of it
