@@ -216,7 +216,7 @@ class Stages:
 def run(kind, size, argv, options):
     """Figures of a run: its stages, and the seconds of an update."""
     script, stages = importlib.import_module(kind), Stages()
-    load_part, log_update = script.load_part, script.log_update
+    load_part, update_weights = script.load_part, script.update_weights
 
     def make_part(parts, name, checkpoint=None, torch_dtype=None, device_map=None, **rest):
         if not hasattr(parts[name][0], "parameters"):
@@ -224,8 +224,8 @@ def run(kind, size, argv, options):
         stages.enter(name)
         return make_model(size, name, torch_dtype, device_map[""] if device_map else "cpu")
 
-    def log(*rest):
-        log_update(*rest)
+    def update(*rest):
+        update_weights(*rest)
         made = len(stages.updates) + 1
         last = made == WARM_UP + options["updates"]
         if torch.cuda.is_available() and (made == WARM_UP or last):
@@ -236,7 +236,7 @@ def run(kind, size, argv, options):
         if last:
             stages.enter("end")
 
-    script.load_part, script.log_update = make_part, log
+    script.load_part, script.update_weights = make_part, update
     if kind == FULL:
         script.save_weights = lambda *rest: None
     found = {"stages": stages.found}
