@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import processes
 import pytest
 import torch
 from conftest import SCRIPTS, SEVERAL
@@ -43,16 +42,10 @@ def hub():
 
 @pytest.fixture
 def client(hub, tmp_path):
-    """Runs a command of Python against the hub, with its token in the environment, and returns the process.
+    """Runs a command of Python against the hub, with its token in the environment, and returns the process."""
 
-    It is forked from this one, which has imported everything, or started, which takes six seconds more.
-    """
-
-    def client(*command, token=None, xet=False, started=False):
-        home = tmp_path / "home"
-        if not started:
-            return processes.run_python(command, tmp_path, lambda: hub.become_client(home, token, xet))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(home, token, xet)}
+    def client(*command, token=None, xet=False):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(tmp_path / "home", token, xet)}
         return subprocess.run(
             [sys.executable, *map(str, command)],
             env=environment,
@@ -72,7 +65,7 @@ def read_files(folder):
 
 def test_push(hub, client, argv, checkpoints, tmp_path, kind):
     by_flag = kind == "lora"  # the token is given in each way once: --hub_token, HF_TOKEN
-    xet = kind == "full"  # and the weights travel once as LFS objects, once by xet, that in a process that is started
+    xet = kind == "full"  # and the weights travel once as LFS objects, once by xet
     out = tmp_path / "out"
     for name in STRAY:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +85,7 @@ def test_push(hub, client, argv, checkpoints, tmp_path, kind):
     # The card's program fetches what was uploaded. A local base has its folder's name there.
     (tmp_path / checkpoints().name).symlink_to(checkpoints())
     program = hub.token, out / "README.md"
-    done = client(
-        "-c", PUSH_AND_LOAD, *program, SCRIPTS[kind], *flags, token="" if by_flag else None, xet=xet, started=xet
-    )
+    done = client("-c", PUSH_AND_LOAD, *program, SCRIPTS[kind], *flags, token="" if by_flag else None, xet=xet)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Exception ignored" not in done.stderr
     assert "FutureWarning" not in done.stderr.partition("====")[0]

@@ -2,9 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
-import processes
 import pytest
 from accelerate.tracking import TensorBoardTracker
 from conftest import SCRIPTS, SEVERAL, isolated
@@ -67,6 +68,13 @@ def test_a_tracker_that_does_not_start_is_refused_before_the_work(script, argv, 
     )
 
 
+def client(path, flags, hub, home, **more):
+    environment = {**os.environ, **hub.environment(home), "WANDB_API_KEY": "wandb_Planted" + "0" * 27, **more}
+    return subprocess.run(
+        [sys.executable, str(path), *flags], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
 UNFORESEEN = """
 script.read_folder = lambda *args: 1 / 0
 with open(sys.argv[3]) as file:  # not on the command line, which wandb keeps
@@ -88,13 +96,8 @@ def test_a_failing_hub_keeps_the_weights_and_no_secret_leaks(argv, tmp_path):
             hub.fail(f"/user/{name}/commit/", status)
         last = tmp_path / "last.json"
         last.write_text(json.dumps(argv(push_to_hub=True, hub_token="hf_Planted", report_to="tensorboard")))
-        words = ["-c", SEVERAL + UNFORESEEN, SCRIPTS["lora"].stem, json.dumps(runs), last]
-
-        def prepare():
-            os.environ["WANDB_API_KEY"] = "wandb_Planted" + "0" * 27
-            hub.become_client(tmp_path / "home")
-
-        done = processes.run_python(words, tmp_path, prepare)
+        words = [SCRIPTS["lora"].stem, json.dumps(runs), str(last)]
+        done = client("-c", [SEVERAL + UNFORESEEN, *words], hub, tmp_path / "home")
     assert done.stdout.split() == ["1"] * len(runs), done.stderr[-2000:]
     assert "ZeroDivisionError" in done.stderr.splitlines()[-1]
     for name, said in zip(answers, done.stderr.split("====\n"), strict=False):

@@ -1,8 +1,7 @@
 """A Hugging Face Hub on the loopback: what create_repo, upload_folder, model_info and hf_hub_download talk to.
 
 It records every request and every byte, refuses a wrong token, and fails on demand. huggingface_hub reads its settings
-when it is imported, so a client must be a process of its own: one that is started with `HubStandIn.environment`, or
-one that is forked and calls `HubStandIn.become_client`.
+when it is imported, so a client must be a separate process, started with `HubStandIn.environment`:
 
     with HubStandIn() as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(home)})
@@ -11,18 +10,14 @@ one that is forked and calls `HubStandIn.become_client`.
 
 import base64
 import hashlib
-import importlib
 import json
-import os
 import re
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import xet_store
-from huggingface_hub import constants, hf_api
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -64,18 +59,6 @@ class HubStandIn:
             "HF_HUB_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1",
         }
-
-    def become_client(self, home, token=None, xet=False):
-        """Has this process, which another has forked, be such a client: what the libraries have read is read again."""
-        os.environ.update(self.environment(home, token, xet))
-        before = vars(constants).copy()
-        importlib.reload(constants)
-        changed = {name: value for name, value in vars(constants).items() if name.isupper() and before[name] != value}
-        for module in filter(None, list(sys.modules.values())):
-            for name in changed.keys() & vars(module).keys():
-                if vars(module)[name] is before[name]:
-                    setattr(module, name, changed[name])
-        hf_api.api.endpoint = constants.ENDPOINT
 
     def add(self, repository, files, private=False):
         """Puts a repository there beforehand."""

@@ -4,7 +4,6 @@ They are looked after as torchrun looks after its own: once one has failed, the 
 that does not end them.
 """
 
-import atexit
 import functools
 import gc
 import logging
@@ -12,7 +11,6 @@ import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -65,38 +63,6 @@ def say_to(out, err):
     warnings.resetwarnings()
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
-
-
-def run_python(words, folder, prepare):
-    """What subprocess.run([python, *words]) gives, from a process that is forked, and that calls prepare() first."""
-    out, err = Path(folder, "said.out"), Path(folder, "said.err")
-    gc.collect()
-    gc.freeze()
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            atexit._clear()  # pytest's
-            say_to(out, err)
-            os.chdir(folder)
-            prepare()
-            first, *sys.argv[:] = map(str, words)
-            if first == "-c":
-                program, sys.argv[0] = sys.argv[0], "-c"
-                exec(program, {"__name__": "__main__"})
-            else:
-                sys.argv.insert(0, first)
-                runpy.run_path(first, run_name="__main__")
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            atexit._run_exitfuncs()
-            os._exit(code)
-    (code,) = watch([child], seconds=300)
-    return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
 
 
 def start(work, count, logs, **environment):
