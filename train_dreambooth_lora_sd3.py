@@ -609,12 +609,13 @@ def read_instances(args):
 
 def read_held_out(args):
     """The images of --validation_data_dir, cropped in the middle; None without the flag."""
-    flag = "--validation_data_dir"
     if not args.validation_data_dir:
         return None
     fixed = {"center_crop": True, "random_flip": False, "repeats": 1, "seed": 0, "caption_dropout": 0}
     plain = argparse.Namespace(**vars(args) | fixed | {"instance_prompt": args.instance_prompt or ""})
-    return DreamBoothDataset(plain, flag, *read_folder(args, flag, args.validation_data_dir))
+    return DreamBoothDataset(
+        plain, "--validation_data_dir", *read_folder(args, "--validation_data_dir", args.validation_data_dir)
+    )
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -901,7 +902,8 @@ def mean_losses(args, losses):
     if args.output_preservation_weight:
         weights["preservation_loss"] = args.output_preservation_weight
     means = dict(zip(weights, map(torch.mean, losses.chunk(len(weights))), strict=True))
-    return {"loss": sum(weight * means[name] for name, weight in weights.items())} | (means if len(means) > 1 else {})
+    loss = sum(weight * means[name] for name, weight in weights.items())
+    return {"loss": loss} | (means if len(means) > 1 else {})
 
 
 @dataclass

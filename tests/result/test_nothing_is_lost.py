@@ -283,6 +283,8 @@ def test_a_result_does_not_count_while_another_run_trains_over_it(script, run, a
 
 
 # ---- 4, 5: files of other people and other disks --------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_files_of_others_are_left_alone(script, kind, run, monkeypatch, tmp_path):
     """And a file system that knows no modes ends no run."""

@@ -48,19 +48,15 @@ def become(rank, count, log, environment):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         runpy.run_path(str(ROOT / "tests/support/fsdp2_without_gpu/sitecustomize.py"))
-    say_to(log, log)
-    if rank:  # a script that starts sets TQDM_DISABLE, which counts when tqdm is imported
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
-
-
-def say_to(out, err):
-    """Has this process print and warn as one that has just started, to these files."""
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
     sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115  it stays open
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+    if rank:  # a script that starts sets TQDM_DISABLE, which counts when tqdm is imported
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     logging.getLogger().handlers.clear()  # pytest's
-    warnings.resetwarnings()
+    warnings.resetwarnings()  # those of a process that has just started
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
 
