@@ -751,8 +751,11 @@ def load_to_train(parts, accelerator, name, dtype, checkpoint=None, **options):
 def load_frozen(args, parts, accelerator, name, dtype):
     """A text encoder or transformer on the device, or on the CPU: its layers then pass through the device as they
     run."""
-    size = utils.compute_module_sizes(sketch_part(parts, name), dtype=dtype)[""] * 1.2  # a fifth for activations
-    if args.offload and name in TEXT_ENCODERS or not has_room(accelerator.device, size):
+    waits = args.offload and name in TEXT_ENCODERS
+    if accelerator.device.type == "cuda":
+        size = utils.compute_module_sizes(sketch_part(parts, name), dtype=dtype)[""] * 1.2  # a fifth for activations
+        waits |= not has_room(accelerator.device, size)
+    if waits:
         free_memory()  # hooks keep the model that was here before in a cycle
         return cpu_offload(load_part(parts, name, torch_dtype=dtype), accelerator.device)
     return load_part(parts, name, **on_device(accelerator, dtype))
@@ -1500,8 +1503,7 @@ def decode_latents(args, transformer, vae, latents):
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
     short = args.offload or not has_room(device, 5000 * args.resolution**2)  # bytes that the VAE took on an H100
     away = offload_models(transformer, device="cpu", offload=short and transformer.device == device)
-    lent = offload_models(vae, device=device, offload=vae.device != device)
-    with away, lent, torch.autocast(device.type, enabled=False):
+    with away, offload_models(vae, device=device), torch.autocast(device.type, enabled=False):
         pixels = [vae.decode(one).sample for one in latents.split(1)]  # one by one: 3 GiB each at 1024 px
     return VaeImageProcessor().postprocess(torch.cat(pixels), output_type="pil")
 
@@ -1735,12 +1737,11 @@ def publish(args, parts, repository, state, image_paths):
     """Writes the model card and uploads the result, on the main process. Either may fail by itself."""
     with attempt(state.failed, "writing the model card"):
         write_card(args, parts, repository, state, image_paths)
-    if not args.push_to_hub:
-        return
-    with attempt(state.failed, "the upload"):
-        files = ["README.md", *RESULT["files"], *(path.name for path in image_paths)]
-        options = {"allow_patterns": files, "commit_message": "End of training", "token": args.hub_token}
-        huggingface_hub.upload_folder(repo_id=repository, folder_path=args.output_dir, **options)
+    if args.push_to_hub:
+        with attempt(state.failed, "the upload"):
+            files = ["README.md", *RESULT["files"], *(path.name for path in image_paths)]
+            options = {"allow_patterns": files, "commit_message": "End of training", "token": args.hub_token}
+            huggingface_hub.upload_folder(repo_id=repository, folder_path=args.output_dir, **options)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""What the tests share: tiny checkpoints, pictures, both scripts as modules, and two ways to run them."""
+"""What the tests share: tiny checkpoints, pictures, both scripts as modules, and two ways to run them.
+
+What takes seconds to import is imported where it is used: the process that hands the tests out to others, which runs
+none itself, would keep them waiting.
+"""
 
 import contextlib
 import functools
@@ -14,6 +18,8 @@ import traceback
 import zlib
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 # The libraries read these when they are imported. A home of its own keeps out the accelerate configuration, the tokens
 # and the caches of whoever runs the tests.
@@ -31,14 +37,6 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in ("HF_TOKEN", "HF_ENDPOINT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(variable, None)
-
-import numpy as np
-import processes
-import pytest
-import ranks
-import tiny_sd3
-import torch
-from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"full": ROOT / "train_dreambooth_sd3.py", "lora": ROOT / "train_dreambooth_lora_sd3.py"}
@@ -58,9 +56,14 @@ for argv in json.loads(sys.argv[2]):
     print("====", file=sys.stderr)
 """
 
-torch.set_num_threads(1)
-# After a fork torch makes its pool of threads anew when it is first asked, but not where two threads ask at once.
-os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+    # After a fork torch makes its pool of threads anew when it is first asked, but not where two threads ask at once.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def takes_part(item):
@@ -96,6 +99,10 @@ def load_script(kind):
 @contextlib.contextmanager
 def isolated():
     """Puts back what a run changes in the process: accelerate's singletons, random states, threads, signals, ..."""
+    import numpy as np
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
     gc.collect()
     gc.freeze()  # what the libraries have made stays: else each collection of a run looks through it for 0.3 s
     environment = os.environ.copy()
@@ -165,6 +172,8 @@ def script_path(kind):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Builds a tiny checkpoint, see tiny_sd3.build for the options; each kind once a session. Do not write to it."""
+    import tiny_sd3
+
     built = {}
 
     def checkpoints(preset="tiny", **options):
@@ -179,6 +188,8 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """Gives a folder of `count` pictures, see tiny_sd3.images for the options; each once a session."""
+    import tiny_sd3
+
     made = {}
 
     def pictures(count=2, **options):
@@ -268,6 +279,8 @@ def refused(refusal, script, monkeypatch):
 
 @pytest.fixture
 def few_steps(monkeypatch):
+    import ranks
+
     ranks.draw_fast(monkeypatch)
 
 
@@ -276,6 +289,8 @@ def start_two_processes(folder, cases, **environment):
 
     What rank R prints goes to the folder's log.R.
     """
+    import processes
+    import ranks
 
     def work():
         for case in cases:

@@ -103,7 +103,10 @@ def test_a_refusal_is_said_once(tmp_path):
     """By a process that alone refuses, and by the first one where all do: the launcher ends the others before."""
     path = tmp_path / "refusing.py"
     path.write_text(REFUSING)
+    launched = []
     for who in ("1", "01"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", path, who]
-        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-        assert done.stderr.count("refusing.py: error: no\n") == 1
+        launched.append(subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True))
+    for launcher in launched:
+        _, said = launcher.communicate(timeout=100)
+        assert said.count("refusing.py: error: no\n") == 1

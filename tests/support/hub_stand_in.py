@@ -28,12 +28,12 @@ class HubStandIn:
     `requests` lists (method, path, token) in the order they came; a token is None where none was sent.
     """
 
-    def __init__(self, token="hf_stand_in", user="user"):
+    def __init__(self, token="hf_stand_in", user="user", port=0):
         self.token, self.user = token, user
         self.repositories, self.requests, self.faults = {}, [], []
         self.objects, self.xorbs = {}, {}
         handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
 
