@@ -38,6 +38,7 @@ import math
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -442,9 +443,7 @@ class DreamBoothDataset:
         self.sizes, alphas = self.add_images("instance", flag, images, prompts)
         log.info(f"{flag}: {len(images)} images, {lacking} without a caption; (height, width): {set(self.sizes)}")
         if args.alpha_mask and {(0, 0), (255, 255)}.issuperset(alphas):
-            log.warning(
-                f"{flag}: --alpha_mask: no image is transparent in part; wholly transparent ones teach nothing"
-            )
+            log.warning(f"{flag}: --alpha_mask: no image is transparent in part; an invisible one teaches nothing")
 
     def add_images(self, kind, flag, images, prompts):
         """Adds the images of a kind and reads each once. Returns their crops' sizes and ranges of alpha."""
@@ -738,8 +737,7 @@ def load_to_train(parts, accelerator, name, dtype, checkpoint=None, **options):
 
 
 def load_frozen(args, parts, accelerator, name, dtype):
-    """A text encoder or transformer on the device, or on the CPU: its layers then pass through the device as they
-    run."""
+    """A text encoder or transformer on the device, or on the CPU: its layers then visit the device in turn."""
     waits = args.offload and name in TEXT_ENCODERS
     if accelerator.device.type == "cuda":
         size = utils.compute_module_sizes(sketch_part(parts, name), dtype=dtype)[""] * 1.2  # a fifth for activations
@@ -1123,9 +1121,13 @@ def make_optimizer(args, accelerator, models):
 def make_schedule(args, optimizer, total):
     """The learning rate's factor at each of `total` updates."""
     length = max(total, args.lr_warmup_steps + 1)  # polynomial divides by the difference
-    # None is the place of piecewise_constant's rules.
     return get_scheduler(
-        args.lr_scheduler, optimizer, None, args.lr_warmup_steps, length, args.lr_num_cycles, args.lr_power
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=length,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
     )
 
 
@@ -1601,8 +1603,7 @@ def sign_card(card):
 
 
 def write_card(args, parts, repository, state, image_paths):
-    """Writes the model card, README.md, with the final images. One that a person wrote or changed gets another
-    name."""
+    """Writes the model card, README.md, with the final images. One that a person wrote or changed is renamed."""
     base = args.pretrained_model_name_or_path
     widget = []
     for number, path in enumerate(image_paths):
@@ -1767,7 +1768,7 @@ def start_trackers(args, accelerator, facts):
     config = {name: value for name, value in facts.items() if value is not None}
     options = {"wandb": {"dir": str(Path(args.output_dir, args.logging_dir)), "name": args.tracker_run_name}}
     with or_refuse(f"--report_to {args.report_to}: could not start a tracker; fix it or drop it from --report_to"):
-        accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=options)
+        accelerator.init_trackers(args.tracker_project_name, config, options)
         absent = {*split_names(args.report_to)} - {"all", "none", *(tracker.name for tracker in accelerator.trackers)}
         if absent and accelerator.is_main_process:  # accelerate passes over them
             raise ModuleNotFoundError(f"pip install {' '.join(absent)}")
@@ -2016,7 +2017,7 @@ def name_memory_flags(args):
 
 def choose_seed(args, manifest):
     """Without --seed: that of the checkpoint, or a random one, the same on all processes."""
-    drawn = utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
+    drawn = utils.broadcast_object_list([secrets.randbits(32)])[0]
     if args.seed is None:
         args.seed = manifest.get("seed", drawn)
 

@@ -406,7 +406,7 @@ PLAIN = "has no metadata file: split and columns of a dataset have no effect"
             ({"dataset_split": "test"}, PLAIN),
             (
                 {"alpha_mask": True},
-                "--alpha_mask: no image is transparent in part; wholly transparent ones teach nothing",
+                "--alpha_mask: no image is transparent in part; an invisible one teaches nothing",
             ),
             ({"cache_dir": "cache"}, None),
         ]
