@@ -70,7 +70,7 @@ def test_stages_of_a_run():
     assert [stage[0] for stage in stages] == ["start", "Caching latents", "Training", "Saving"]
     assert caching[3] > start[3] + (60 << 20) and training[3] < caching[3] - (30 << 20)
     assert list(updates) == [0, 1, 2, 3]
-    assert 0.3 <= wall < 3 and worked < wall  # it sleeps
+    assert 0.2 < wall < 3 and worked < wall  # it sleeps for 0.3 s; a line can be read a little late
 
 
 def in_fits(work, *inputs):
