@@ -29,21 +29,24 @@ ALL |= CAPTIONS | {"gradient_accumulation_steps": 2}
 FP16 = {"mixed_precision": "fp16", "waits": 2}  # the scaler asks by itself whether to step
 FUSED = {"fused_backward_pass": True, "max_grad_norm": "inf", "waits": 2}  # whether all is finite is asked before
 BF16_WEIGHTS = {"full_bf16": True, "mixed_precision": "bf16"}
-SMALL = IMAGES | {"gradient_checkpointing": True, "offload": True, "train_text_encoder": True}
+ENCODERS, DECODING = {"CLIPTextModelWithProjection", "T5EncoderModel"}, {"SD3Transformer2DModel while decoding"}
+OFFLOADED = {"offload": True, "away": ENCODERS | DECODING}
+SMALL = IMAGES | {"gradient_checkpointing": True, "offload": True, "away": DECODING, "train_text_encoder": True}
 # Flags that a row leaves out: float32, two updates of one picture each. "runs" gives the lengths of the run and of
 # those that go on from its checkpoint; "waits" how often an update waits for the device where that is not once;
-# "within" how close the weights are where that is not 0; "free" how much memory the device says it has left.
+# "within" how close the weights are where that is not 0; "free" how much memory the device says it has left; "away"
+# which models wait on the CPU.
 CASES = {
     "plain": {},
     "prior, class images drawn, cached latents, no T5": PRIOR | {"cache_latents": True, "no_t5": True},
     "text encoders, gradient checkpointing": {"train_text_encoder": True, "gradient_checkpointing": True},
-    "offload, validation": IMAGES | {"offload": True},
-    "nothing fits": IMAGES | PRIOR | {"free": 0},
+    "offload, validation": IMAGES | OFFLOADED,
+    "nothing fits": IMAGES | PRIOR | {"free": 0, "away": ENCODERS | DECODING | {"SD3Transformer2DModel"}},
     "blocks in RAM, validation": IMAGES | {"blocks_to_swap": 2, "gradient_checkpointing": True, "use_dora": True},
     "captions, accumulation": CAPTIONS | {"gradient_accumulation_steps": 2},
     "Prodigy": {"optimizer": "prodigy", "learning_rate": 1.0, "waits": 200},  # asks for the norm of each weight's sum
     "8 bit": {"use_8bit_adam": True, "runs": (2, 3), "within": 1e-6},  # for small weights a kernel of another order
-    "everything, EMA, resume": ALL | {"offload": True, "alpha_mask": True, "runs": (2, 3)},
+    "everything, EMA, resume": ALL | OFFLOADED | {"alpha_mask": True, "runs": (2, 3)},
     "everything, bf16": ALL | {"mixed_precision": "bf16"},
     "everything, fp16": ALL | FP16 | {"cache_latents": True, "alpha_mask": True, "no_t5": True, "runs": (2, 3)},
     "fused": FUSED | {"use_ema": True, "runs": (2, 4)},
@@ -97,7 +100,7 @@ class VirtualDevice:
         print(json.dumps([free, str(path), *argv]), file=self.process.stdin, flush=True)
         answer = self.read()
         assert isinstance(answer, dict), answer
-        waits = answer["waits"]
+        waits, self.away = answer["waits"], set(answer["away"])
         return answer["error"], [after - before for before, after in zip(waits, waits[1:], strict=False)]
 
     def close(self):
@@ -150,7 +153,7 @@ def test_torch_has_what_the_device_leans_on():
 def test_runs(kind, script, script_path, run, argv, device, captioned, tmp_path, case):
     flags = {"repeats": 8, "prior_generation_precision": "fp32"} | CASES[case]
     runs, allowed, within = flags.pop("runs", (2,)), flags.pop("waits", 1), flags.pop("within", 0)
-    free = flags.pop("free", 2**34)
+    free, away = flags.pop("free", 2**34), flags.pop("away", set())
     if flags.pop("captions", False):
         flags["instance_data_dir"] = captioned
     if flags.get("use_8bit_adam"):
@@ -170,6 +173,7 @@ def test_runs(kind, script, script_path, run, argv, device, captioned, tmp_path,
             else:
                 error, waits = device.run(script_path, argv(**flags), free)
                 assert not error, error
+                assert device.away == away or length > runs[0]
                 assert (length == runs[0]) <= max(waits, default=0) <= allowed, waits
         flags.pop("resume_from_checkpoint", None)
         results[place] = tensors(tmp_path / place)

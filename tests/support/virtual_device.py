@@ -428,8 +428,8 @@ def try_out():
 def serve():
     """Runs a script for each line of standard input, and answers with a line, both JSON; the first answer is "ready".
 
-    A line is [free bytes, path, flags]. The answer has "error", empty or a traceback, and "waits": how often the host
-    had waited for the device, after each step of the optimizer.
+    A line is [free bytes, path, flags]. The answer has "error", empty or a traceback; "waits", how often the host had
+    waited for the device, after each step of the optimizer; and "away", the models that were sent to the CPU.
     """
     answers, sys.stdout = sys.stdout, sys.stderr
     try:
@@ -439,16 +439,31 @@ def serve():
         print(json.dumps(f"{type(error).__name__}: {error}"), file=answers, flush=True)
         return
     sys.path.append(str(Path(__file__).resolve().parents[1]))
+    import accelerate
     from conftest import isolated, pytest
+    from diffusers import training_utils
     from ranks import draw_fast
 
-    seen, errors, kept = [], sys.stderr, []
+    seen, errors, kept, away = [], sys.stderr, [], set()
+    cpu_offload, offload_models = accelerate.cpu_offload, training_utils.offload_models
+
+    def note_offload(model, *inputs):
+        away.add(type(model).__name__)
+        return cpu_offload(model, *inputs)
+
+    def note_models(*models, device, offload=True):
+        if offload and str(device) == "cpu":
+            away.update(f"{type(model).__name__} while decoding" for model in models)
+        return offload_models(*models, device=device, offload=offload)
+
+    accelerate.cpu_offload, training_utils.offload_models = note_offload, note_models  # scripts import them anew
     draw_fast(pytest.MonkeyPatch())
     register_optimizer_step_post_hook(lambda *_: seen.append(waits()))
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         free_bytes[0], *sys.argv[:] = json.loads(line)
         seen.clear()
+        away.clear()
         try:
             with isolated():
                 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -459,7 +474,7 @@ def serve():
         sys.stderr = errors
         for name in [name for name, module in sys.modules.items() if module is None]:
             del sys.modules[name]  # what a script has hidden from the libraries
-        print(json.dumps({"error": error, "waits": seen}), file=answers, flush=True)
+        print(json.dumps({"error": error, "waits": seen, "away": sorted(away)}), file=answers, flush=True)
 
 
 if __name__ == "__main__":
