@@ -6,7 +6,7 @@ CODE := train_dreambooth_sd3.py train_dreambooth_lora_sd3.py tests demo benchmar
 CORES ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 OLDEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(CORES) -m oldest
 
-# What Python has compiled for one process serves the next, which then starts nine seconds sooner.
+# What Python has compiled for one process serves the next, which then starts much sooner.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-gpu test-oldest test-2025 test-newest golden check format

@@ -597,13 +597,12 @@ def read_instances(args):
 
 def read_held_out(args):
     """The images of --validation_data_dir, cropped in the middle; None without the flag."""
+    flag = "--validation_data_dir"
     if not args.validation_data_dir:
         return None
     fixed = {"center_crop": True, "random_flip": False, "repeats": 1, "seed": 0, "caption_dropout": 0}
     plain = argparse.Namespace(**vars(args) | fixed | {"instance_prompt": args.instance_prompt or ""})
-    return DreamBoothDataset(
-        plain, "--validation_data_dir", *read_folder(args, "--validation_data_dir", args.validation_data_dir)
-    )
+    return DreamBoothDataset(plain, flag, *read_folder(args, flag, args.validation_data_dir))
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -621,7 +620,7 @@ def read_pipeline(args):
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
     with or_refuse(f"--pretrained_model_name_or_path {base!r}: no model_index.json can be read: {remedy}"):
         index = StableDiffusion3Pipeline.load_config(base, **where)
-        found = {name: entry for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
+        found = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0]}
         own = args.pretrained_transformer_model_name_or_path
         classes = {"transformer": "SD3Transformer2DModel", "scheduler": "FlowMatch"}
         parts = {}
@@ -739,7 +738,7 @@ def load_to_train(parts, accelerator, name, dtype, checkpoint=None, **options):
 def load_frozen(args, parts, accelerator, name, dtype):
     """A text encoder or transformer on the device, or on the CPU: its layers then visit the device in turn."""
     waits = args.offload and name in TEXT_ENCODERS
-    if accelerator.device.type == "cuda":
+    if accelerator.device.type == "cuda":  # elsewhere nobody knows how much memory is left
         size = utils.compute_module_sizes(sketch_part(parts, name), dtype=dtype)[""] * 1.2  # a fifth for activations
         waits |= not has_room(accelerator.device, size)
     if waits:
@@ -1506,8 +1505,10 @@ def validate(args, accelerator, trained, frozen, state):
 
     def draw(number):
         row, column = divmod(number, args.num_validation_images)
-        options = {"num_inference_steps": args.validation_num_inference_steps}
-        options["guidance_scale"] = args.validation_guidance_scale
+        options = {
+            "num_inference_steps": args.validation_num_inference_steps,
+            "guidance_scale": args.validation_guidance_scale,
+        }
         return draw_images(args, transformer, frozen, prompts[row], [args.seed + column], **options)[0]
 
     failed = []

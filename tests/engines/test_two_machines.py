@@ -6,13 +6,13 @@ How the others end where one dies is in test_one_process_alone.py.
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 from conftest import SCRIPTS
@@ -20,12 +20,6 @@ from conftest import SCRIPTS
 pytestmark = pytest.mark.slow
 # Nothing is compiled here: what PyTorch would import for that takes each process a second.
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "TORCHDYNAMO_DISABLE": "1"}
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 ALIAS = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
@@ -48,7 +42,7 @@ def listening():
 
 def test_two_machines_are_one_run(argv, tmp_path):
     """Launched on each machine by the command of the README: a process each, and a checkpoint of two."""
-    port, started, addresses = free_port(), [], set()
+    port, started, addresses = processes.free_port(), [], set()
     for rank, prefix in enumerate(machines(tmp_path)):
         command = [*prefix, sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         command += ["--num_machines", "2", "--machine_rank", str(rank), "--mixed_precision", "no"]

@@ -66,7 +66,7 @@ def client(hub, python, home, tmp_path):
     """Runs a program of Python against the hub, with a token in the environment, and returns the process.
 
     It is forked from one that has imported the scripts. One that may use xet, which is decided when huggingface_hub is
-    imported, is started, which takes five seconds more.
+    imported, is started, which takes longer.
     """
 
     def client(program, *words, token=None, xet=False, **more):

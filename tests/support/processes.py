@@ -1,6 +1,6 @@
-"""Processes forked from this one, which has imported everything: two of them start in a tenth of a second.
+"""Processes forked from this one, which has imported everything, or from a Python without threads.
 
-They are looked after as torchrun looks after its own: once one has failed, the others get SIGTERM, and SIGKILL where
+Ranks are looked after as torchrun looks after its own: once one has failed, the others get SIGTERM, and SIGKILL where
 that does not end them.
 """
 
@@ -139,7 +139,7 @@ exec(program, {"__name__": "__main__"})
 
 
 class ForkingPython:
-    """A Python that imports modules once, in five seconds, and runs each program in a fork of itself.
+    """A Python that imports modules once, which takes seconds, and runs each program in a fork of itself.
 
     It has no threads, unlike the tests' own process, a fork of which may wait for one that did not come along. What
     the modules read from the environment while they are imported is the same for all programs.
